@@ -1,0 +1,131 @@
+"""What we need of FastAPI and Starlette that their documentation doesn't promise; all of it is here.
+
+Tested on the oldest and the newest FastAPI that we support (`tests/test_fastapi_versions.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import fastapi.exception_handlers
+import fastapi.routing
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Mount
+from starlette.types import Receive, Send
+from starlette.websockets import WebSocket
+
+__all__ = [
+    "add_outer_lifespan",
+    "bare_receive",
+    "bare_send",
+    "can_be_stepped",
+    "exception_handler",
+    "is_async",
+    "on_exit",
+    "websocket_endpoints",
+]
+
+#: Servers whose `send` doesn't care which task calls it: it looks at no current task and opens no cancel scope.
+STEPPABLE_SERVERS = frozenset({"uvicorn", "hypercorn", "fastapi_channels"})
+
+
+def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]) -> None:
+    """Enter `lifespan` before the application's own and leave it after; works with `on_event` handlers too."""
+    own = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def merged(app: Any) -> Any:
+        async with lifespan(app), own(app) as state:
+            yield state
+
+    app.router.lifespan_context = merged
+
+
+def websocket_endpoints(app: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The path, the endpoint and the innermost application of every WebSocket route, with included routers and mounts."""
+    for route, path, endpoint in _flattened(app.routes):
+        if isinstance(route, Mount):
+            inner = route.app if hasattr(route.app, "state") else app
+            for path_within, endpoint_within, innermost in websocket_endpoints(route):
+                yield path + path_within, endpoint_within, inner if innermost is route else innermost
+        elif endpoint is not None:
+            yield path, endpoint, app
+
+
+def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, Any]]:
+    # Since 0.137 an included router is one object in `routes`, and this gives what it stands for.
+    contexts = getattr(fastapi.routing, "iter_route_contexts", None)
+    if contexts is None:
+        for route in routes:
+            yield route, getattr(route, "path", ""), getattr(route, "endpoint", None)
+    else:
+        for context in contexts(routes):
+            yield context.original_route, context.path or "", context.endpoint
+
+
+def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
+    """The application's own handler for an error, by status code or by class; FastAPI's defaults don't count."""
+    handlers: dict[Any, Callable[..., Any]] = getattr(app, "exception_handlers", None) or {}
+    keys: list[Any] = [error.status_code] if isinstance(error, HTTPException) else []
+    for key in [*keys, *type(error).__mro__]:
+        handler = handlers.get(key)
+        if handler is not None and getattr(handler, "__module__", None) != fastapi.exception_handlers.__name__:
+            return handler
+    return None
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine: an `async def`, or an object with an async `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+def on_exit(websocket: WebSocket, callback: Callable[..., Awaitable[bool]]) -> None:
+    """Have `callback` called as an `__aexit__` when the route is left, after the dependencies that are still to come.
+
+    A dependency with `yield` would do the same, at the price of 2.5 kB for each connection.
+    """
+    stack: AsyncExitStack = websocket.scope["fastapi_inner_astack"]
+    stack.push_async_exit(callback)
+
+
+def bare_receive(websocket: WebSocket) -> Receive:
+    """The `receive` behind a WebSocket, without the check of its state, which we keep ourselves."""
+    receive: Receive = getattr(websocket, "_receive", websocket.receive)
+    return receive
+
+
+def bare_send(websocket: WebSocket) -> Send:
+    """The `send` behind a WebSocket, without what Starlette puts around it that does nothing for a WebSocket.
+
+    `WebSocket.send` checks a state that we keep ourselves, and the wrapper of the exception handlers looks for
+    `http.response.start`; together they cost a tenth of a delivery.
+    """
+    send: Send = getattr(websocket, "_send", websocket.send)
+    while getattr(send, "__module__", None) == "starlette._exception_handler":
+        inner = inspect.getclosurevars(send).nonlocals.get("send")
+        if inner is None:
+            break
+        send = inner
+    return send
+
+
+def can_be_stepped(send: Send) -> bool:
+    """Whether `send` may be begun outside of a task of the connection's own.
+
+    True if a server known for it is at its end and every wrapper on the way is Starlette's. Middleware of others may
+    open a timeout or a cancel scope around its `send`, which belongs to the task that it runs in.
+    """
+    while inspect.isfunction(send) and send.__module__.startswith("starlette."):
+        inner = inspect.getclosurevars(send).nonlocals.get("send")
+        if inner is None:
+            return False
+        send = inner
+    if not inspect.iscoroutinefunction(send):
+        return False
+    return send.__module__.partition(".")[0] in STEPPABLE_SERVERS

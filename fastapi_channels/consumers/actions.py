@@ -1,0 +1,248 @@
+"""`ActionConsumer`: what clients may ask for, by name, with replies and streams."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from starlette.concurrency import iterate_in_threadpool
+
+from fastapi_channels._tasks import not_cancelled
+from fastapi_channels.consumers.base import API
+from fastapi_channels.consumers.json import JsonConsumer
+from fastapi_channels.consumers.marks import ActionMark, marked
+from fastapi_channels.dependencies import Plan
+from fastapi_channels.exceptions import ActionCancelled, ActionTimeout, DefinitionError, InvalidFrame, UnknownAction
+
+__all__ = ["Action", "ActionConsumer"]
+
+CANCEL: Final = "$cancel"
+
+_ABSENT: Final = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One action of a consumer class.
+
+    Attributes:
+        name: What clients call it.
+        plan: How it is called.
+        concurrency: How many calls run at once on one connection.
+        timeout: After how many seconds a call is cancelled; None for never.
+        deprecated: Whether new clients should do without it.
+        summary: One line about it.
+        tags: What it belongs to.
+    """
+
+    name: str
+    plan: Plan
+    concurrency: int
+    timeout: float | None
+    deprecated: bool
+    summary: str
+    tags: tuple[str, ...]
+
+
+class _Request:
+    """A frame that asks for an action, until it has been answered."""
+
+    __slots__ = ("action", "data", "error", "is_cancelled", "name", "request_id", "task")
+
+    def __init__(self, name: str | None, request_id: Any, data: Any) -> None:
+        self.name = name
+        self.request_id = request_id
+        self.data = data
+        self.action: Action | None = None
+        self.error: Exception | None = None
+        self.is_cancelled = False
+        self.task: asyncio.Task[Any] | None = None
+
+    def cancel(self) -> None:
+        """End the call as the client wishes; one that has not begun is not begun."""
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            if self.task is not None:
+                self.task.cancel()
+
+
+class ActionConsumer(JsonConsumer):
+    """A consumer whose frames ask for actions: methods marked with `@action`.
+
+    A frame is `{"action": "say", "request_id": 7, "data": {...}}`. With a `request_id` there is always a reply; without
+    one only if the action returned something or was refused. Only marked methods can be asked for.
+
+    Spec:
+        protocol.md, 1.
+    """
+
+    actions: ClassVar[Mapping[str, Action]] = {}
+    """The actions of the class by name, inherited ones too."""
+
+    _calls: dict[Any, _Request] | None = None
+    _at_once: dict[str, set[asyncio.Task[None]]] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.receive is not ActionConsumer.receive:
+            raise DefinitionError(f"{cls.__name__}.receive would never be called: the frames of it are actions")
+        actions: dict[str, Action] = {}
+        for attribute, function, mark in marked(cls, ActionMark, API):
+            name = mark.name or attribute
+            if name.startswith("$"):
+                raise DefinitionError(f"{cls.__name__}.{attribute}: an action's name can't begin with $")
+            if name in actions:
+                other = actions[name].plan.function.__name__
+                raise DefinitionError(f"{cls.__name__}: {other} and {attribute} are both the action {name!r}")
+            summary = mark.summary if mark.summary is not None else (inspect.getdoc(function) or "").partition("\n")[0]
+            plan = Plan(function, cls)
+            actions[name] = Action(
+                name, plan, mark.concurrency, mark.timeout, mark.deprecated, summary, mark.tags
+            )
+        cls.actions = actions
+
+    @classmethod
+    def _plans(cls) -> list[Plan]:
+        return [*super()._plans(), *(action.plan for action in cls.actions.values())]
+
+    def _parse_frame(self, frame: str | bytes) -> Any:
+        content = super()._parse_frame(frame)
+        if not isinstance(content, dict):
+            raise InvalidFrame("a frame is a JSON object with an action")
+        name = content.pop("action", None)
+        request_id = content.pop("request_id", _ABSENT)
+        data = content.get("data", content or _ABSENT)
+        if request_id is not _ABSENT and (isinstance(request_id, bool) or not isinstance(request_id, str | int | float)):
+            raise InvalidFrame("a request_id is a string or a number")
+        request = _Request(name if isinstance(name, str) else None, request_id, data)
+        if not isinstance(name, str):
+            request.error = InvalidFrame("a frame has an action, which is a string")
+        elif name == CANCEL and request_id is not _ABSENT:
+            self._cancel(request_id)
+            return None
+        else:
+            request.action = self.actions.get(name)
+            if request.action is None:
+                request.error = UnknownAction(f"there is no action {_shortened(name)!r}")
+        return request
+
+    def _cancel(self, request_id: Any) -> None:
+        request = (self._calls or {}).get(request_id)
+        if request is None:
+            waiting = (item for item in self._session.waiting_frames if isinstance(item, _Request))
+            request = next((item for item in waiting if item.request_id == request_id), None)
+        if request is not None:
+            request.cancel()
+
+    def _handle_frame(self, parsed: _Request) -> Awaitable[None]:
+        if parsed.action is None or parsed.action.concurrency == 1:
+            return self._answer(parsed)
+        return self._answer_beside(parsed, parsed.action)
+
+    async def _answer_beside(self, request: _Request, action: Action) -> None:
+        """Carry out a request while others of the connection go on, once there is room for it among those of its kind."""
+        if self._at_once is None:
+            self._at_once = {}
+        running = self._at_once.setdefault(action.name, set())
+        while len(running) >= action.concurrency:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        task = self._session.start(self._answer(request))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    async def _answer(self, request: _Request) -> None:
+        """Carry out a request and answer it, whatever becomes of it."""
+        has_id = request.request_id is not _ABSENT
+        if has_id:
+            if self._calls is None:
+                self._calls = {}
+            self._calls[request.request_id] = request
+        task = request.task = asyncio.current_task()
+        assert task is not None
+        request_id = request.request_id if has_id else None
+        try:
+            try:
+                result = await self._call(request, request_id)
+            except asyncio.CancelledError as error:
+                if not request.is_cancelled or task.uncancel() > 0:
+                    raise not_cancelled(error, task) from error
+                result = _cancelled(request)
+            finally:
+                request.task = None
+                if has_id and self._calls is not None and self._calls.get(request_id) is request:
+                    del self._calls[request_id]
+            if has_id or result is not None:
+                await self._reply(
+                    {
+                        "type": "response",
+                        "action": request.name,
+                        "request_id": request_id,
+                        "status": "ok",
+                        "data": result,
+                        "errors": None,
+                    }
+                )
+        except Exception as error:
+            await self._session.answer_error(error, request.name, request_id)
+
+    async def _call(self, request: _Request, request_id: Any) -> Any:
+        if request.error is not None:
+            raise request.error
+        action = request.action
+        assert action is not None
+        if request.is_cancelled:
+            return _cancelled(request)
+        if action.timeout is None:
+            return await self._run(action, request, request_id)
+        try:
+            async with asyncio.timeout(action.timeout) as timeout:
+                return await self._run(action, request, request_id)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise ActionTimeout(f"{action.name} took longer than {action.timeout:g} s") from error
+
+    async def _run(self, action: Action, request: _Request, request_id: Any) -> Any:
+        plan = action.plan
+        data = request.data
+        if data is _ABSENT and (plan.parameter is None or plan.parameter.default is _ABSENT):
+            data = {}
+        value = plan.validate(data)
+        if not plan.is_stream:
+            return await plan.begin(self, value, self._session.handshake)
+        async with plan.solved(self, value, self._session.handshake) as keywords:
+            generator = plan.function(self, **keywords)
+            async with aclosing(_async_items(generator)) as items:
+                async for item in items:
+                    part = {"type": "stream", "action": action.name, "request_id": request_id, "data": item}
+                    if not await self._reply(part):
+                        break
+        return None
+
+
+async def _async_items(generator: Any) -> AsyncIterator[Any]:
+    """The items of an action's generator; a plain one runs in the thread pool."""
+    if inspect.isasyncgen(generator):
+        async with aclosing(generator):
+            async for item in generator:
+                yield item
+    else:
+        with closing(generator):
+            async for item in iterate_in_threadpool(generator):
+                yield item
+
+
+def _cancelled(request: _Request) -> None:
+    """What a cancelled call comes to: a stream is over, anything else has failed."""
+    if request.action is None or not request.action.plan.is_stream:
+        raise ActionCancelled("cancelled by the client")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 100 else name[:100] + "..."
+
+

@@ -1,0 +1,370 @@
+"""`WebSocketConsumer`: the base of every consumer, for text and bytes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Collection, Hashable, Mapping
+from typing import Any, ClassVar, get_args
+
+from pydantic import BaseModel
+from starlette.authentication import UnauthenticatedUser
+from starlette.types import ASGIApp, Scope
+from starlette.websockets import WebSocket
+
+from fastapi_channels.answers import refusal
+from fastapi_channels.connection import State
+from fastapi_channels.consumers.blocking import SyncConsumer
+from fastapi_channels.consumers.marks import EventMark, marked
+from fastapi_channels.consumers.session import Session, checked_close_code
+from fastapi_channels.dependencies import Plan
+from fastapi_channels.exceptions import DefinitionError, InvalidFrame
+from fastapi_channels.layers import ChannelLayer, Message, Receipt
+from fastapi_channels.layers.envelope import encode
+from fastapi_channels.settings import OverflowPolicy, RejectMode
+
+__all__ = ["WebSocketConsumer"]
+
+logger = logging.getLogger("fastapi_channels")
+
+# Attributes of the design that this version can't keep: a consumer that relies on one must not start without it.
+_NOT_YET = (
+    "authentication_classes permission_classes throttle_classes permission_recheck presence_events presence_id "
+    "max_connections first_frame_timeout idle_timeout allowed_origins"
+).split()
+
+
+class WebSocketConsumer:
+    """Serves one connection; its methods are what the connection's client and the layer's messages reach.
+
+    Subclasses define the hooks `connect`, `receive` and `disconnect`, and handlers of events. Hooks and handlers may be
+    `async def` or plain `def`; a plain one runs in the thread pool, where `self.sync` has the blocking methods. Frames
+    are handled one at a time, in order, and so are events; frames and events don't wait for each other.
+    """
+
+    #: The alias of the layer that this consumer lives on.
+    channel_layer_alias: str = "default"
+    #: On the class: groups that every connection joins once `connect` has returned. On an instance: the groups it is
+    #: in, as a live, read-only set.
+    groups: Collection[str] = ()
+    #: Types of events that go to the client as they are; True for all that have no handler.
+    forward_events: bool | Collection[str] = ()
+
+    #: In place of the settings of the same names; None leaves them.
+    max_frame_size: int | None = None
+    outbox_frames: int | None = None
+    outbox_bytes: int | None = None
+    overflow: OverflowPolicy | None = None
+    reject_mode: RejectMode | None = None
+    drain_timeout: float | None = None
+
+    channel_name: str
+    """The address of this connection on the layer."""
+
+    layer: ChannelLayer
+    """The layer it lives on."""
+
+    _session: Session
+    # Made with the class: how each type of event is handled, how many arguments `disconnect` takes, and so on.
+    _event_plans: ClassVar[Mapping[str, Plan]]
+    _disconnect_arguments: ClassVar[int]
+    _unhandled: ClassVar[set[str]]
+    _takes: ClassVar[tuple[type, ...]]
+    _receive_plan: ClassVar[Plan]
+    _forwards_all: ClassVar[bool]
+    _forwarded: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _NOT_YET:
+            if getattr(cls, name, None) is not None:
+                raise DefinitionError(f"{cls.__name__}.{name} is not supported by this version of fastapi-channels")
+        if isinstance(cls.groups, str):
+            raise DefinitionError(f"{cls.__name__}.groups is a list of names, not one name")
+        if isinstance(cls.forward_events, str):
+            raise DefinitionError(f"{cls.__name__}.forward_events is a list of types or True, not one type")
+        plans: dict[str, Plan] = {}
+        claimed: dict[str, str] = {}
+        for attribute, function, mark in marked(cls, EventMark, API):
+            kind = mark.type or attribute.replace("_", ".")
+            if kind in plans:
+                raise DefinitionError(f"{cls.__name__}: {claimed[kind]} and {attribute} both handle {kind!r}")
+            plan = Plan(function, cls, data="event")
+            if plan.is_stream:
+                raise DefinitionError(f"{cls.__name__}.{attribute} handles an event and can't be a generator")
+            plans[kind], claimed[kind] = plan, attribute
+        cls._event_plans = plans
+        cls._forwards_all = cls.forward_events is True
+        cls._forwarded = frozenset(() if isinstance(cls.forward_events, bool) else cls.forward_events)
+        if both := sorted(cls._forwarded & plans.keys()):
+            raise DefinitionError(f"{cls.__name__}: {both[0]!r} has a handler and is in forward_events")
+        cls._unhandled = set()
+        cls._disconnect_arguments = _count_arguments(cls)
+        cls._read_receive()
+
+    @classmethod
+    def _read_receive(cls) -> None:
+        """Read from the `receive` hook what frames it takes."""
+        plan = Plan(cls.receive, cls)
+        annotation = str | bytes if plan.parameter is None else plan.parameter.annotation
+        takes = get_args(annotation) or (annotation,)
+        if annotation is inspect.Parameter.empty or annotation is Any:
+            takes = (str, bytes)
+        if plan.is_stream or not set(takes) <= {str, bytes}:
+            raise DefinitionError(f"{cls.__name__}.receive takes data: str, bytes or str | bytes")
+        cls._receive_plan, cls._takes = plan, takes
+
+    @classmethod
+    def _plans(cls) -> list[Plan]:
+        """How each handler of the class is called."""
+        return [cls._receive_plan, *cls._event_plans.values()]
+
+    # Hooks
+
+    async def connect(self) -> None:
+        """Called before the handshake is answered; returning accepts it.
+
+        Its parameters are FastAPI's: path, query, header, cookie, `Depends`; dependencies with `yield` live as long as
+        the connection. It may call `accept()` itself, or `close()` to refuse. Raising `HTTPException`, `ConsumerError`
+        or another exception refuses with a real HTTP response. If the client goes away meanwhile, it is cancelled.
+        """
+
+    async def receive(self, data: str | bytes) -> None:
+        """Called with each frame, one at a time, in order.
+
+        What it raises is answered with an error frame, and the connection lives on.
+        """
+        raise InvalidFrame("this connection takes no frames")
+
+    async def disconnect(self, code: int, reason: str) -> None:
+        """Called exactly once for every connection whose `connect` was begun, whatever ended it.
+
+        The connection is still in its groups, so that the others can be told; its own sends return False. It may take
+        `DRAIN_TIMEOUT` seconds, and may be declared without `reason`.
+
+        Args:
+            code: The client's close code; 1006 if it went without one; the own code after `close()`; 1011 after an
+                exception in `connect`; 1012 when the server shuts down.
+            reason: The client's, or the own.
+        """
+
+    # The connection
+
+    @property
+    def websocket(self) -> WebSocket:
+        """Starlette's WebSocket."""
+        return self._session.connection.websocket
+
+    @property
+    def scope(self) -> Scope:
+        """The ASGI scope of the connection."""
+        return self.websocket.scope
+
+    @property
+    def path_params(self) -> Mapping[str, Any]:
+        """The path parameters, as the route has them."""
+        return self.websocket.path_params
+
+    @property
+    def user(self) -> Any:
+        """Who the client is, if a middleware has found out; else one whose `is_authenticated` is False."""
+        return self.scope.get("user") or UnauthenticatedUser()
+
+    @property
+    def auth(self) -> Any:
+        """What a middleware has put into the scope with the user, or None."""
+        return self.scope.get("auth")
+
+    @property
+    def sync(self) -> SyncConsumer:
+        """The blocking twins of this consumer's methods, for plain `def` hooks and handlers."""
+        return SyncConsumer(self, self._session.connection.crew.loop)
+
+    async def accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        """Accept the connection before `connect` has returned.
+
+        Args:
+            subprotocol: One of those that the client offers.
+            headers: More headers of the response.
+
+        Raises:
+            RuntimeError: The handshake has been answered already.
+        """
+        await self._session.accept(subprotocol, headers)
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close the connection, behind the frames that are on their way; before it is accepted, refuse it.
+
+        Does nothing on a connection that is gone. Cancelling is safe: it closes.
+
+        Args:
+            code: RFC 6455 7.4, or 3000-4999; 4100-4199 (come back) and 4600-4699 (don't) are the application's.
+            reason: What does not fit into 123 bytes is cut off.
+
+        Raises:
+            ValueError: Nobody may close with that code.
+        """
+        checked_close_code(code)
+        connection = self._session.connection
+        if connection.state is State.CONNECTING:
+            await connection.refuse(refusal(code, reason))
+        else:
+            await connection.close(code, reason)
+
+    async def send(self, text: str | None = None, bytes: bytes | None = None) -> bool:
+        """Send a frame of text or of bytes.
+
+        Frames leave in the order in which they were sent. If the client reads so slowly that its outbox is full, this
+        waits for room; in the handler of an event the overflow policy decides instead. Cancelling is safe: nothing was
+        sent.
+
+        Returns:
+            False if the connection is gone.
+
+        Raises:
+            RuntimeError: The connection is not accepted yet.
+        """
+        if (text is None) == (bytes is None):
+            raise TypeError("send() takes either a text or bytes")
+        if text is not None:
+            return await self._write({"type": "websocket.send", "text": text}, len(text))
+        assert bytes is not None
+        return await self._write({"type": "websocket.send", "bytes": bytes}, len(bytes))
+
+    async def send_json(self, content: Any) -> bool:
+        """Send a text frame with `content` as JSON, as pydantic writes it: models, dataclasses, dates and all.
+
+        Otherwise like `send`.
+
+        Raises:
+            ValueError: Something in it is not for JSON; nothing was sent.
+        """
+        payload = encode(content)
+        frame = {"type": "websocket.send", "text": payload.decode()}
+        connection = self._session.connection
+        if connection.direct is not None:
+            return connection.step(frame)
+        return await self._write(frame, len(payload), content)
+
+    async def _write(self, frame: dict[str, Any], size: int, content: Any = None) -> bool:
+        session = self._session
+        connection = session.connection
+        if connection.state is State.CONNECTING:
+            raise RuntimeError("the connection is not accepted yet: call accept() first, or send after connect")
+        key = None
+        if connection.is_full and session.is_paced:
+            await connection.room()
+        elif connection.limits.overflow == "latest" and content is not None:
+            key = self.outbox_key(content)
+        return connection.write(frame, size, key)
+
+    def outbox_key(self, content: Any) -> Hashable:
+        """Which frames replace each other while they wait, under the overflow policy `latest`: those of one key.
+
+        Args:
+            content: What was given to `send_json`, or a forwarded event as a dict.
+
+        Returns:
+            The type of an event by default; None for a frame that nothing replaces.
+        """
+        if isinstance(content, Mapping):
+            return content.get("type")
+        return getattr(content, "type", None) if isinstance(content, BaseModel) else None
+
+    # Groups
+
+    async def group_add(self, group: str) -> None:
+        """Join a group. When this returns, the connection gets every message sent to it from then on.
+
+        Raises:
+            InvalidGroupName: Not a group name; `safe_name` makes one of any text.
+            LayerUnavailable: The layer's broker is away.
+        """
+        await self.layer.group_add(group, self.channel_name)
+
+    async def group_discard(self, group: str) -> None:
+        """Leave a group; does nothing if the connection isn't in it."""
+        await self.layer.group_discard(group, self.channel_name)
+
+    async def group_send(
+        self, group: str, event: Message, *, exclude_self: bool = False, idempotency_key: str | None = None
+    ) -> Receipt:
+        """Send an event to everybody in a group; see `ChannelLayer.group_send`.
+
+        Args:
+            group: The group's name; the connection need not be in it.
+            event: A dict with a `type`, or a pydantic model that has one.
+            exclude_self: Whether this connection doesn't get it.
+            idempotency_key: The same key again within five minutes sends nothing.
+        """
+        exclude = (self.channel_name,) if exclude_self else ()
+        return await self.layer.group_send(group, event, exclude=exclude, idempotency_key=idempotency_key)
+
+    @classmethod
+    def as_asgi(cls, **init: Any) -> ASGIApp:
+        """This consumer as an ASGI application, for use without FastAPI or on a plain Starlette route.
+
+        Args:
+            init: Attributes of the class to set on each instance.
+        """
+        from fastapi_channels.consumers.endpoint import as_asgi  # the endpoint needs this class
+
+        return as_asgi(cls, init)
+
+    # What the session asks; not for applications
+
+    def _parse_frame(self, frame: str | bytes) -> Any:
+        """Make of a frame what `_handle_frame` gets; None if it has been dealt with already. Runs no code of users."""
+        if type(frame) not in self._takes:
+            due = "text" if self._takes == (str,) else "binary"
+            raise InvalidFrame(f"a {due} frame was expected")
+        return frame
+
+    def _handle_frame(self, parsed: Any) -> Awaitable[Any]:
+        """Begin to handle what `_parse_frame` made of a frame."""
+        return self._receive_plan.begin(self, parsed, self._session.handshake)
+
+    async def _send_error(self, errors: Mapping[str, Any], action: str | None, request_id: Any) -> None:
+        """Answer with an error frame (protocol.md, 1)."""
+        frame = {"type": "response", "action": action, "request_id": request_id}
+        await self._reply({**frame, "status": "bad", "data": None, "errors": errors})
+
+    async def _reply(self, frame: Mapping[str, Any]) -> bool:
+        payload = encode(frame)
+        event = {"type": "websocket.send", "text": payload.decode()}
+        connection = self._session.connection
+        if connection.direct is not None:
+            return connection.step(event)
+        return await self._write(event, len(payload))
+
+    def _forwards(self, type: str) -> bool:
+        """Whether events of that type go to the client as they are."""
+        if self._forwards_all:
+            return type not in self._event_plans and not type.startswith("websocket.")
+        return type in self._forwarded
+
+    def _complain_unhandled(self, type: str) -> None:
+        """Log that there is no handler for a type of event; once for each type, since the next would say the same."""
+        if type in self._unhandled or len(self._unhandled) >= 1000:
+            return
+        self._unhandled.add(type)
+        name = type.replace(".", "_")
+        hint = f"; {name}() is there, but not marked with @event" if inspect.isroutine(getattr(self, name, None)) else ""
+        logger.error("%s has no handler for the event %r%s", self.__class__.__qualname__, type, hint)
+
+
+def _count_arguments(cls: type[WebSocketConsumer]) -> int:
+    parameters = list(inspect.signature(cls.disconnect).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return 2
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in parameters if p.default is p.empty and p not in positional]
+    if len(positional) not in (1, 2) or required:
+        raise DefinitionError(f"{cls.__name__}.disconnect takes (self, code, reason) or (self, code)")
+    return len(positional)
+
+
+#: The names that a marked method can't have.
+API: frozenset[str] = frozenset(name for name in vars(WebSocketConsumer) if not name.startswith("_"))
+
+WebSocketConsumer.__init_subclass__()  # the base can be used as it is, so it has tables too

@@ -1,0 +1,165 @@
+"""From a consumer class to what FastAPI and ASGI servers call.
+
+The hook's parameters become those of an endpoint that is given to FastAPI's public `add_api_websocket_route`, so they
+are FastAPI's in every way. The session is the endpoint's first dependency, and stays on the route's exit stack: what
+the other dependencies, the parameters or `connect` raise passes through it, and is answered there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, get_origin
+from weakref import WeakKeyDictionary
+
+from fastapi import Depends, Path
+from fastapi.routing import APIWebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from fastapi_channels import _fastapi
+from fastapi_channels.application import Channels
+from fastapi_channels.connection import Connection, Limits
+from fastapi_channels.consumers.base import WebSocketConsumer
+from fastapi_channels.consumers.session import Session
+from fastapi_channels.dependencies import (
+    asks_impossible,
+    depends_of,
+    handshake_parameters,
+    is_websocket,
+    signature_of,
+)
+from fastapi_channels.exceptions import DefinitionError
+
+__all__ = ["as_asgi", "make_endpoint", "with_attributes"]
+
+_SESSION = "fastapi_channels_session"
+_HANDSHAKE = "fastapi_channels_handshake_"
+
+
+def with_attributes(consumer: type[WebSocketConsumer], attributes: Mapping[str, Any]) -> type[WebSocketConsumer]:
+    """The class with other values of its attributes, as a route may have it.
+
+    Raises:
+        DefinitionError: The class has no such attribute.
+    """
+    if not (isinstance(consumer, type) and issubclass(consumer, WebSocketConsumer)):
+        raise DefinitionError(f"a route needs a consumer class, not {consumer!r}")
+    for name in attributes:
+        if name.startswith("_") or not hasattr(consumer, name):
+            raise DefinitionError(f"{consumer.__name__} has no attribute {name!r} that a route could set")
+    if not attributes:
+        return consumer
+    namespace = {"__module__": consumer.__module__, "__qualname__": consumer.__qualname__, **attributes}
+    return type(consumer)(consumer.__name__, (consumer,), namespace)
+
+
+def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str] = frozenset()) -> Callable[..., Any]:
+    """The endpoint that serves one route with a consumer class.
+
+    Args:
+        consumer: The class.
+        path_params: Names of parameters that are in the path, where FastAPI doesn't know the path.
+
+    Raises:
+        DefinitionError: `connect` asks for what a WebSocket doesn't have.
+    """
+    handshake = dict.fromkeys(call for plan in consumer._plans() for call in plan.handshake_dependencies())
+    names = {f"{_HANDSHAKE}{number}": call for number, call in enumerate(handshake)}
+
+    def endpoint(**values: Any) -> Awaitable[None]:
+        session: Session = values.pop(_SESSION)
+        if names:
+            session.handshake = {call: values.pop(name) for name, call in names.items()}
+        return session.serve(values)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    session_type = Annotated[Session, Depends(_session_dependency(consumer))]
+    parameters = [inspect.Parameter(_SESSION, keyword, annotation=session_type)]
+    for name, call in names.items():
+        asked = Annotated[dict[str, Any], Depends(handshake_parameters(call))]
+        parameters.append(inspect.Parameter(name, keyword, annotation=asked))
+    parameters += [_connect_parameter(consumer, given, path_params) for given in _connect_signature(consumer)]
+    endpoint.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    endpoint.__name__ = consumer.__name__
+    endpoint.__qualname__ = consumer.__qualname__
+    endpoint.__doc__ = consumer.__doc__
+    endpoint.consumer_class = consumer  # type: ignore[attr-defined]
+    endpoint.check_settings = lambda channels: channels.layer(consumer.channel_layer_alias)  # type: ignore[attr-defined]
+    return endpoint
+
+
+def _connect_signature(consumer: type[WebSocketConsumer]) -> list[inspect.Parameter]:
+    return list(signature_of(consumer.connect, owner=consumer).parameters.values())
+
+
+def _connect_parameter(
+    consumer: type[WebSocketConsumer], parameter: inspect.Parameter, path_params: frozenset[str]
+) -> inspect.Parameter:
+    where = f"{consumer.__qualname__}.connect, parameter {parameter.name!r}"
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+        raise DefinitionError(f"{where}: a hook has no {parameter.kind.description} parameters")
+    if why := asks_impossible(parameter):
+        raise DefinitionError(f"{where}: {why}")
+    annotation = parameter.annotation
+    is_plain = get_origin(annotation) is not Annotated and depends_of(parameter) is None and not is_websocket(parameter)
+    if parameter.name in path_params and is_plain:
+        annotation = Annotated[str if annotation is parameter.empty else annotation, Path()]
+    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+def _session_dependency(consumer: type[WebSocketConsumer]) -> Callable[[WebSocket], Awaitable[Session]]:
+    limits: WeakKeyDictionary[Channels, Limits] = WeakKeyDictionary()
+
+    async def session(websocket: WebSocket) -> Session:
+        channels = Channels.of(websocket.scope)
+        layer = channels.layer(consumer.channel_layer_alias)
+        if not layer.is_open:
+            await channels.open()
+        if channels not in limits:
+            limits[channels] = _limits(consumer, channels)
+        await websocket.receive()  # websocket.connect
+        instance = consumer()
+        connection = Connection(websocket, limits[channels], channels.crew, layer.counters)
+        instance._session = Session(instance, connection, layer, channels)
+        instance.layer = layer
+        _fastapi.on_exit(websocket, instance._session.leave)
+        return instance._session
+
+    return session
+
+
+def _limits(consumer: type[WebSocketConsumer], channels: Channels) -> Limits:
+    def setting(name: str) -> Any:
+        own = getattr(consumer, name)
+        return getattr(channels.settings, name) if own is None else own
+
+    return Limits(
+        outbox_frames=setting("outbox_frames"),
+        outbox_bytes=setting("outbox_bytes"),
+        overflow=setting("overflow"),
+        max_frame_size=setting("max_frame_size"),
+        reject_mode=setting("reject_mode"),
+    )
+
+
+def as_asgi(consumer: type[WebSocketConsumer], attributes: Mapping[str, Any]) -> ASGIApp:
+    """A consumer as an ASGI application; see `WebSocketConsumer.as_asgi`."""
+    consumer = with_attributes(consumer, attributes)
+    make_endpoint(consumer)  # what is wrong with the class is wrong now, and not at a connection
+    routes: dict[tuple[Any, frozenset[str]], APIWebSocketRoute] = {}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket":
+            raise RuntimeError(f"{consumer.__qualname__} serves WebSockets, not {scope['type']!r}")
+        path_params = frozenset(scope.get("path_params", {}))
+        outer = scope.get("app")
+        key = outer, path_params
+        if key not in routes:
+            provider = outer if hasattr(outer, "dependency_overrides") else None
+            routes[key] = APIWebSocketRoute(
+                "/", make_endpoint(consumer, path_params), dependency_overrides_provider=provider
+            )
+        await routes[key].handle(scope, receive, send)
+
+    return app

@@ -1,0 +1,410 @@
+"""The base of every layer: the channels and groups of this process, and how messages reach them.
+
+A layer knows the sinks of its own process and who of them is in which group. A backend only carries messages between
+processes; what comes in is handed to `_fan_out`, which gives each member the same envelope: no task, no queue and no
+copy for a member. Membership is known here and nowhere else, so it can't expire and can't leak.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection, KeysView
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, final
+
+from fastapi_channels._tasks import run_blocking
+from fastapi_channels.exceptions import ChannelFull, InvalidGroupName, LayerUnavailable
+from fastapi_channels.layers.counters import Counters
+from fastapi_channels.layers.envelope import Envelope, Message
+from fastapi_channels.layers.inbox import Inbox
+from fastapi_channels.layers.names import checked_name
+
+__all__ = ["ChannelLayer", "Receipt", "Sink", "SyncChannelLayer"]
+
+logger = logging.getLogger("fastapi_channels")
+
+Result = TypeVar("Result")
+
+#: Abandoned inboxes are looked for when there are this many of them, and again when there are twice as many.
+SWEEP = 64
+
+#: Told of each `group_send` before it is carried out: the group, the envelope, the channels left out.
+Observer = Callable[[str, Envelope, Collection[str]], None]
+
+
+class Sink(Protocol):
+    """What a channel's messages are handed to: a consumer's connection, or an inbox."""
+
+    def deliver(self, envelope: Envelope) -> bool:
+        """Take a message at once, without waiting. False means that there is no room: it was not taken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a `group_send` came to.
+
+    Attributes:
+        offset: The message's number in the group's history; None without one.
+        epoch: The identity of that history; None without one.
+        duplicate: Whether its `idempotency_key` had been seen, so that nothing was sent.
+    """
+
+    offset: int | None = None
+    epoch: str | None = None
+    duplicate: bool = False
+
+
+@dataclass(slots=True)
+class _Attached:
+    sink: Sink
+    groups: dict[str, None] = field(default_factory=dict)
+
+
+class ChannelLayer(ABC):
+    """Carries messages between channels; the base of every layer.
+
+    An async context manager: entering opens it, leaving closes it. Its methods belong to the event loop it was opened
+    on; `sync` has the blocking twins for every other thread.
+
+    Args:
+        capacity: How many messages the inbox of a channel holds.
+        expiry: After how many seconds a message that nobody has handled is dropped. A membership never expires.
+
+    Spec:
+        The Channels layer specification, whose method names it keeps.
+    """
+
+    def __init__(self, *, capacity: int = 1000, expiry: float = 60.0) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is at least 1, not {capacity}")
+        if expiry <= 0:
+            raise ValueError(f"expiry is more than 0 seconds, not {expiry}")
+        self.capacity = capacity
+        self.expiry = expiry
+        self.counters = Counters()
+        #: Each is told of every `group_send` of this process; for tests.
+        self.observers: list[Observer] = []
+        self._node = secrets.token_hex(6)
+        self._next_channel = 0
+        self._sweep_at = SWEEP
+        self._attached: dict[str, _Attached] = {}
+        self._groups: dict[str, dict[str, Sink]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # Opening and closing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can carry messages on the running event loop."""
+        return self._loop is not None and self._loop is asyncio.get_running_loop()
+
+    async def open(self) -> None:
+        """Make it ready on the running event loop; does nothing if it is."""
+        if not self.is_open:
+            self._loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """Let go of everything; afterwards it takes no message until it is opened again."""
+        self._loop = None
+        self._attached.clear()
+        self._groups.clear()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def sync(self) -> SyncChannelLayer:
+        """The blocking twins of this layer's methods, for plain `def` views and other threads."""
+        return SyncChannelLayer(self)
+
+    # Channels
+
+    async def new_channel(self, prefix: str = "specific") -> str:
+        """Make a channel whose messages are read with `receive`, and return its name: `<prefix>.<node>!<id>`.
+
+        It lives until it has been empty, unread and in no group for as long as `expiry`.
+        """
+        if len(self._attached) >= self._sweep_at:
+            self._drop_abandoned()
+            self._sweep_at = max(SWEEP, 2 * len(self._attached))
+        return self.attach(_Mailbox(self, self._now() + self.expiry), prefix)
+
+    def attach(self, sink: Sink, prefix: str = "specific") -> str:
+        """Give `sink` a channel of this process, and return its name. The caller has to `detach` it."""
+        if "!" in prefix:
+            raise InvalidGroupName("the prefix of a channel name can't hold !")
+        self._next_channel += 1
+        name = checked_name(f"{prefix}.{self._node}!{self._next_channel:x}")
+        self._attached[name] = _Attached(sink)
+        return name
+
+    async def detach(self, channel: str) -> None:
+        """End a channel and all its memberships; does nothing if there is none of that name."""
+        attached = self._attached.pop(channel, None)
+        if attached is not None:
+            for group in list(attached.groups):
+                await self._leave(group, channel)
+            attached.groups.clear()
+
+    def groups_of(self, channel: str) -> KeysView[str]:
+        """The groups that a channel of this process is in, as a live view."""
+        return self._member(channel).groups.keys()
+
+    @final
+    async def send(self, channel: str, message: Message) -> None:
+        """Send a message to one channel.
+
+        Messages of one sender arrive in the order in which they were sent.
+
+        Raises:
+            ChannelFull: Its inbox has no room; the message was not taken.
+            InvalidGroupName: Not a channel name.
+            InvalidMessage: No `type`, or not for JSON.
+            LayerUnavailable: The layer is closed.
+        """
+        checked_name(channel)
+        envelope = self._envelope(message)
+        if "!" not in channel:
+            await self._enqueue(channel, envelope)
+        elif self._is_local(channel):
+            attached = self._attached.get(channel)
+            if attached is None:
+                self.counters.unreachable += 1
+            elif not attached.sink.deliver(envelope):
+                raise ChannelFull(channel)
+        else:
+            await self._send_to_node(channel, envelope)
+
+    @final
+    async def receive(self, channel: str) -> dict[str, Any]:
+        """The oldest message of a channel; waits for one. Each message is handed to exactly one reader.
+
+        Cancelling is safe: no message is lost.
+
+        Raises:
+            ValueError: The channel is another process's, belongs to a consumer, or is no more.
+        """
+        self._now()
+        if "!" not in checked_name(channel):
+            envelope = await self._dequeue(channel)
+        else:
+            mailbox = self._member(channel).sink
+            if not isinstance(mailbox, _Mailbox):
+                raise ValueError(f"the messages of {channel!r} are a consumer's")
+            envelope = await mailbox.receive()
+            mailbox.keep_until = self._now() + self.expiry
+        return envelope.decode()
+
+    # Groups
+
+    @final
+    async def group_add(self, group: str, channel: str) -> None:
+        """Put a channel of this process into a group; again is the same as once.
+
+        When it returns, the channel gets every message sent to the group from then on.
+
+        Raises:
+            InvalidGroupName: Not a group name.
+            ValueError: The channel is not one of this process's.
+        """
+        checked_name(group)
+        self._now()
+        member = self._member(channel)
+        if group in member.groups:
+            return
+        if group not in self._groups:
+            await self._subscribe(group)
+        if self._attached.get(channel) is member:  # it may have ended meanwhile
+            self._groups.setdefault(group, {})[channel] = member.sink
+            member.groups[group] = None
+
+    @final
+    async def group_discard(self, group: str, channel: str) -> None:
+        """Take a channel out of a group; does nothing if it isn't in it."""
+        attached = self._attached.get(channel)
+        if attached is not None and group in attached.groups:
+            del attached.groups[group]
+            await self._leave(group, channel)
+
+    @final
+    async def group_send(
+        self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
+    ) -> Receipt:
+        """Send a message to every channel of a group, except those in `exclude`.
+
+        Messages of one sender to one group arrive in the order in which they were sent. A member whose inbox is full
+        doesn't get it, which is counted (`counters`); it holds up nobody.
+
+        Args:
+            group: The group's name; a group that nobody is in is no error.
+            message: A dict with a `type`, or a pydantic model that has one.
+            exclude: Names of channels.
+            idempotency_key: The same key again for the same group within five minutes sends nothing.
+
+        Raises:
+            InvalidGroupName: Not a group name.
+            InvalidMessage: No `type`, or not for JSON; nothing was sent.
+            LayerUnavailable: The layer is closed, or its broker can't be reached.
+        """
+        checked_name(group)
+        if isinstance(exclude, str):
+            raise TypeError("exclude is a collection of channel names, not one name")
+        envelope = self._envelope(message)
+        for observe in self.observers:
+            observe(group, envelope, exclude)
+        return await self._publish(group, envelope, exclude, idempotency_key)
+
+    async def flush(self) -> None:
+        """Drop every message and membership; consumers stay attached to their channels."""
+        for channel, attached in list(self._attached.items()):
+            for group in list(attached.groups):
+                await self.group_discard(group, channel)
+            if isinstance(attached.sink, _Mailbox):
+                await self.detach(channel)
+
+    # What a backend carries
+
+    @abstractmethod
+    async def _publish(
+        self, group: str, envelope: Envelope, exclude: Collection[str], idempotency_key: str | None
+    ) -> Receipt:
+        """Bring the envelope to `_fan_out` in every process that has members of the group."""
+
+    @abstractmethod
+    async def _enqueue(self, name: str, envelope: Envelope) -> None:
+        """Put a message into the named queue that all processes share; ChannelFull if it has no room."""
+
+    @abstractmethod
+    async def _dequeue(self, name: str) -> Envelope:
+        """The oldest message of a named queue; waits for one, and loses none when it is cancelled."""
+
+    async def _send_to_node(self, channel: str, envelope: Envelope) -> None:
+        """Bring the envelope to a channel of another process; without a broker there is none."""
+        self.counters.unreachable += 1
+
+    async def _subscribe(self, group: str) -> None:
+        """The group gets its first member in this process."""
+
+    async def _unsubscribe(self, group: str) -> None:
+        """The group has lost its last member in this process."""
+
+    # Local delivery
+
+    def _fan_out(self, group: str, envelope: Envelope, exclude: Collection[str]) -> None:
+        """Hand an envelope to every member in this process, without waiting for any."""
+        members = self._groups.get(group)
+        if not members:
+            return
+        dropped = 0
+        for channel, sink in list(members.items()):
+            if channel not in exclude and not sink.deliver(envelope):
+                dropped += 1
+        self.counters.inbox_dropped += dropped
+
+    def _envelope(self, message: Message) -> Envelope:
+        return Envelope.of(message, self._now() + self.expiry)
+
+    def _now(self) -> float:
+        if self._loop is None:
+            raise LayerUnavailable("the channel layer is not open")
+        return self._loop.time()
+
+    def _is_local(self, channel: str) -> bool:
+        return channel.partition("!")[0].endswith(f".{self._node}")
+
+    def _member(self, channel: str) -> _Attached:
+        attached = self._attached.get(channel)
+        if attached is None:
+            raise ValueError(f"{channel!r} is not a channel of this process")
+        return attached
+
+    async def _leave(self, group: str, channel: str) -> None:
+        members = self._groups[group]
+        members.pop(channel, None)
+        if not members:
+            del self._groups[group]
+            await self._unsubscribe(group)
+
+    def _drop_abandoned(self) -> None:
+        now = self._now()
+        for name, attached in list(self._attached.items()):
+            sink = attached.sink
+            if isinstance(sink, _Mailbox) and sink.keep_until <= now and sink.is_idle and not attached.groups:
+                del self._attached[name]
+
+
+class _Mailbox(Inbox):
+    """The inbox of a channel made by `new_channel`.
+
+    Args:
+        layer: Whose capacity and counters it has.
+        keep_until: Before when it is not abandoned, on the event loop's clock.
+    """
+
+    def __init__(self, layer: ChannelLayer, keep_until: float) -> None:
+        super().__init__(layer.capacity, layer.counters)
+        self.keep_until = keep_until
+
+
+class SyncChannelLayer:
+    """The blocking twins of a layer's methods, for threads other than the event loop's.
+
+    Each waits until the event loop has carried out the call, and raises what it raised. Thread-safe; messages of one
+    thread keep their order.
+    """
+
+    def __init__(self, layer: ChannelLayer) -> None:
+        self._layer = layer
+
+    def send(self, channel: str, message: Message) -> None:
+        """See `ChannelLayer.send`."""
+        self._run(lambda: self._layer.send(channel, message))
+
+    def receive(self, channel: str) -> dict[str, Any]:
+        """See `ChannelLayer.receive`."""
+        return self._run(lambda: self._layer.receive(channel))
+
+    def new_channel(self, prefix: str = "specific") -> str:
+        """See `ChannelLayer.new_channel`."""
+        return self._run(lambda: self._layer.new_channel(prefix))
+
+    def group_add(self, group: str, channel: str) -> None:
+        """See `ChannelLayer.group_add`."""
+        self._run(lambda: self._layer.group_add(group, channel))
+
+    def group_discard(self, group: str, channel: str) -> None:
+        """See `ChannelLayer.group_discard`."""
+        self._run(lambda: self._layer.group_discard(group, channel))
+
+    def group_send(
+        self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
+    ) -> Receipt:
+        """See `ChannelLayer.group_send`."""
+        return self._run(
+            lambda: self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
+        )
+
+    def flush(self) -> None:
+        """See `ChannelLayer.flush`."""
+        self._run(self._layer.flush)
+
+    def _run(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        loop = self._layer._loop
+        if loop is None:
+            raise LayerUnavailable("the channel layer is not open")
+
+        async def called() -> Result:
+            return await call()
+
+        return run_blocking(loop, called())

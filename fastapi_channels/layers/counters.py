@@ -1,0 +1,30 @@
+"""What did not arrive, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Counters"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """How many messages and frames did not reach somebody, and why; they only ever grow.
+
+    Attributes:
+        inbox_dropped: Messages to a channel whose inbox was full.
+        outbox_dropped: Frames to a client that read too slowly.
+        expired: Messages that nobody handled in time.
+        unhandled: Messages of a type for which the consumer has no handler.
+        failed: Messages whose handler raised, or that did not fit its schema.
+        unreachable: Messages to a channel that is no more.
+        too_slow: Connections closed with 4008.
+    """
+
+    inbox_dropped: int = 0
+    outbox_dropped: int = 0
+    expired: int = 0
+    unhandled: int = 0
+    failed: int = 0
+    unreachable: int = 0
+    too_slow: int = 0

@@ -1,0 +1,85 @@
+"""A message on its way: encoded once, decoded afresh for each that handles it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from fastapi_channels.exceptions import InvalidMessage
+
+__all__ = ["Envelope", "Message", "encode"]
+
+#: What goes through a layer: a dict with a `type`, or a pydantic model that has one.
+Message = Mapping[str, Any] | BaseModel
+
+#: The built-in event that writes a frame; its `bytes` travel as base64, since JSON has none.
+SEND = "websocket.send"
+
+
+def encode(content: Any) -> bytes:
+    """The JSON of `content`, as pydantic writes it; NaN and the infinities are null, since browsers know no NaN.
+
+    Raises:
+        ValueError: Something in it is not for JSON.
+    """
+    try:
+        return to_json(content, inf_nan_mode="null")
+    except (PydanticSerializationError, UnicodeError) as error:
+        raise ValueError(f"can't be sent as JSON: {error}") from error
+
+
+class Envelope:
+    """A message, its JSON, and the frame made of it; each is made at most once in a process.
+
+    Attributes:
+        type: The message's type.
+        payload: The message as JSON.
+        expires: When it is too old to be handled, on the event loop's clock.
+    """
+
+    __slots__ = ("_frame", "expires", "payload", "type")
+
+    def __init__(self, type: str, payload: bytes, expires: float) -> None:
+        self.type = type
+        self.payload = payload
+        self.expires = expires
+        self._frame: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, message: Message, expires: float) -> Envelope:
+        """Encode a message.
+
+        Raises:
+            InvalidMessage: It has no `type`, or holds what JSON can't.
+        """
+        kind = message.get("type") if isinstance(message, Mapping) else getattr(message, "type", None)
+        if not isinstance(kind, str) or not kind:
+            raise InvalidMessage(f"a message is a dict or a pydantic model with a `type`, not {_shown(message)}")
+        if kind == SEND and isinstance(message, Mapping) and isinstance(message.get("bytes"), bytes):
+            message = {**message, "bytes": base64.b64encode(message["bytes"]).decode()}
+        try:
+            return cls(kind, encode(message), expires)
+        except ValueError as error:
+            raise InvalidMessage(f"the message {kind!r} {error}") from error
+
+    def decode(self) -> dict[str, Any]:
+        """The message as a new dict, which the caller may change."""
+        message: dict[str, Any] = from_json(self.payload)
+        if self.type == SEND and message.get("bytes") is not None:
+            message["bytes"] = base64.b64decode(message["bytes"])
+        return message
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """The ASGI event that sends the message to a client as it is; all receivers share it."""
+        if self._frame is None:
+            self._frame = {"type": "websocket.send", "text": self.payload.decode()}
+        return self._frame
+
+
+def _shown(message: object) -> str:
+    return f"a dict with the keys {sorted(map(str, message))}" if isinstance(message, Mapping) else repr(type(message))

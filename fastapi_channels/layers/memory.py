@@ -1,0 +1,72 @@
+"""The memory layer: every channel and group of one process, with no broker behind it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+
+from fastapi_channels.exceptions import ChannelFull
+from fastapi_channels.layers.base import SWEEP, ChannelLayer, Receipt
+from fastapi_channels.layers.envelope import Envelope
+from fastapi_channels.layers.inbox import Inbox
+
+__all__ = ["MemoryLayer"]
+
+#: How many seconds an idempotency key is remembered.
+REMEMBERED = 300.0
+
+
+class MemoryLayer(ChannelLayer):
+    """Carries messages within one process: `memory://`, the default.
+
+    It waits for nothing: when `group_send` returns, every member has the message or its drop was counted.
+    """
+
+    def __init__(self, *, capacity: int = 1000, expiry: float = 60.0) -> None:
+        super().__init__(capacity=capacity, expiry=expiry)
+        self._queues: dict[str, Inbox] = {}
+        self._sweep_queues_at = SWEEP
+        self._seen: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    async def close(self) -> None:
+        await super().close()
+        self._queues.clear()
+        self._seen.clear()
+
+    async def flush(self) -> None:
+        await super().flush()
+        self._queues.clear()
+        self._seen.clear()
+
+    async def _publish(
+        self, group: str, envelope: Envelope, exclude: Collection[str], idempotency_key: str | None
+    ) -> Receipt:
+        if idempotency_key is not None and self._is_repeat(group, idempotency_key):
+            return Receipt(duplicate=True)
+        self._fan_out(group, envelope, exclude)
+        return Receipt()
+
+    def _is_repeat(self, group: str, key: str) -> bool:
+        now = self._now()
+        while self._seen and next(iter(self._seen.values())) <= now:
+            self._seen.popitem(last=False)
+        if (group, key) in self._seen:
+            return True
+        self._seen[group, key] = now + REMEMBERED
+        return False
+
+    async def _enqueue(self, name: str, envelope: Envelope) -> None:
+        if not self._queue(name).deliver(envelope):
+            raise ChannelFull(name)
+
+    async def _dequeue(self, name: str) -> Envelope:
+        return await self._queue(name).receive()
+
+    def _queue(self, name: str) -> Inbox:
+        queue = self._queues.get(name)
+        if queue is None:
+            if len(self._queues) >= self._sweep_queues_at:
+                self._queues = {name: queue for name, queue in self._queues.items() if not queue.is_idle}
+                self._sweep_queues_at = max(SWEEP, 2 * len(self._queues))
+            queue = self._queues[name] = Inbox(self.capacity, self.counters)
+        return queue

@@ -1,0 +1,191 @@
+"""The settings of one application, from four sources, as one validated value.
+
+Strongest first: the arguments of `add_channel`, environment variables (`CHANNELS_` and the setting's name), the
+settings module (`add_channel(app, settings="app.settings")`, or `FASTAPI_CHANNELS_SETTINGS=app.settings`), defaults.
+A name that is no setting, or a value that doesn't fit, stops the start and is told with where it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_core import from_json
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import SettingsError as SourceError
+
+from fastapi_channels.exceptions import SettingsError
+
+__all__ = ["ChannelsSettings", "OverflowPolicy", "RejectMode"]
+
+ENV_PREFIX = "CHANNELS_"
+MODULE_VARIABLE = "FASTAPI_CHANNELS_SETTINGS"
+
+#: What happens when a client's outbox is full: close it with 4008; drop its oldest or the newest frame; or keep only
+#: the newest frame of each key (`outbox_key`) and, if that isn't enough, drop the oldest.
+OverflowPolicy = Literal["close", "drop_oldest", "drop_newest", "latest"]
+
+#: How a handshake is refused: by an HTTP response, or by accepting it and closing with a code that browsers can read.
+RejectMode = Literal["http", "close"]
+
+# Settings of the design that this version can't keep. Taking them in silence would be worse than not having them.
+_NOT_YET = frozenset(
+    "GROUPS PERMISSION_CLASSES THROTTLE_CLASSES THROTTLE_RATES AUTHENTICATION_CLASSES ALLOWED_ORIGINS TRUSTED_PROXIES "
+    "LIMITER_URL THROTTLE_ON_ERROR MAX_VIOLATIONS MAX_CONNECTIONS MAX_CONNECTIONS_PER_USER MAX_CONNECTIONS_PER_ADDRESS "
+    "MAX_FRAMES_PER_SECOND MAX_BYTES_PER_SECOND FIRST_FRAME_TIMEOUT IDLE_TIMEOUT LAYER_GRACE QUERY_TOKEN_KEY "
+    "COOKIE_TOKEN_KEY ASYNCAPI_URL CONSOLE_URL".split()
+)
+
+
+class ChannelsSettings(BaseSettings):
+    """Every setting, under its lower-case name; make it with `load`. It doesn't change afterwards."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    channel_layers: Annotated[dict[str, Any], Field(min_length=1)] = {"default": "memory://"}
+    """The layers by alias: a URL, `{"BACKEND": "dotted.path", "CONFIG": {...}}`, or a layer object."""
+
+    capacity: Annotated[int, Field(ge=1000)] = 1000
+    """How many messages, and how many frames, wait for one consumer before it counts as full."""
+
+    expiry: Annotated[float, Field(gt=0)] = 60.0
+    """After how many seconds a message that nobody has handled is dropped."""
+
+    max_frame_size: Annotated[int, Field(ge=1)] = 1024 * 1024
+    """How many bytes a client's frame may have."""
+
+    outbox_frames: Annotated[int, Field(ge=1)] = 1000
+    """How many frames may wait for one client's socket."""
+
+    outbox_bytes: Annotated[int, Field(ge=1)] = 4 * 1024 * 1024
+    """How many bytes may wait for one client's socket; a single frame may be larger."""
+
+    overflow: OverflowPolicy = "close"
+    """What happens to an event for a client whose outbox is full."""
+
+    reject_mode: RejectMode = "http"
+    """How a handshake is refused."""
+
+    drain_timeout: Annotated[float, Field(ge=0)] = 10.0
+    """How many seconds a `disconnect` hook may take."""
+
+    @classmethod
+    def load(cls, module: str | ModuleType | None = None, options: Mapping[str, Any] | None = None) -> Self:
+        """Read all four sources.
+
+        Args:
+            module: The settings module or its dotted path; without one, what `FASTAPI_CHANNELS_SETTINGS` names.
+            options: The arguments of `add_channel`, strongest of all; None counts as not given.
+
+        Raises:
+            SettingsError: A name that is no setting or a value that doesn't fit, with its source.
+            TypeError: An option that is no setting.
+        """
+        given = {name: value for name, value in (options or {}).items() if value is not None}
+        for name in given:
+            if name.upper() not in _names() or name != name.lower():
+                raise TypeError(f"add_channel() got an unexpected keyword argument {name!r}{_hint(name)}")
+        module = module if module is not None else os.environ.get(MODULE_VARIABLE) or None
+        from_environment = _check_environment()
+        in_module = {} if module is None else _from_module(module)
+        origins = {
+            **{name: f"settings module {_module_name(module)}" for name in in_module},
+            **{name: f"environment variable {variable}" for name, variable in from_environment.items()},
+            **dict.fromkeys(given, "argument of add_channel"),
+        }
+        for name, origin in origins.items():
+            if name.upper() in _NOT_YET:
+                raise SettingsError(f"{name.upper()} ({origin}) is not supported by this version of fastapi-channels")
+
+        class Sources(cls):  # type: ignore[misc, valid-type]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=in_module)
+
+        Sources.__name__ = Sources.__qualname__ = cls.__name__
+        try:
+            settings: Self = Sources(**given)
+        except ValidationError as error:
+            raise SettingsError(_told(error, origins)) from None
+        except SourceError as error:
+            raise SettingsError(_told_json(from_environment) or str(error)) from None
+        return settings
+
+
+def _names() -> set[str]:
+    return {name.upper() for name in ChannelsSettings.model_fields} | _NOT_YET
+
+
+def _hint(name: str) -> str:
+    close = difflib.get_close_matches(name.upper(), _names(), n=1, cutoff=0.8)
+    if not close:
+        return ""
+    meant = close[0] if name == name.upper() else close[0].lower()
+    return f"; did you mean {meant}?"
+
+
+def _check_environment() -> dict[str, str]:
+    """The environment's variables by setting; raises for one that begins like ours and is none."""
+    found = {}
+    for variable in os.environ:
+        if variable.upper().startswith(ENV_PREFIX):
+            name = variable[len(ENV_PREFIX) :]
+            if name.upper() not in _names():
+                raise SettingsError(f"environment variable {variable}: there is no setting {name}{_hint(name)}")
+            found[name.lower()] = variable
+    return found
+
+
+def _from_module(module: str | ModuleType) -> dict[str, Any]:
+    if isinstance(module, str):
+        try:
+            module = importlib.import_module(module)
+        except ImportError as error:
+            raise SettingsError(f"settings module {module!r} can't be imported: {error}") from error
+    values = {}
+    for name, value in vars(module).items():
+        if name in _names():
+            values[name.lower()] = value
+        elif name.isupper() and (hint := _hint(name)):
+            raise SettingsError(f"settings module {module.__name__}: there is no setting {name}{hint}")
+    return values
+
+
+def _module_name(module: str | ModuleType | None) -> str:
+    return module.__name__ if isinstance(module, ModuleType) else str(module)
+
+
+def _told(error: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for finding in error.errors(include_url=False, include_input=False):
+        name, *path = finding["loc"]
+        where = "".join(f"[{part!r}]" for part in path)
+        lines.append(f"{str(name).upper()}{where} ({origins.get(str(name), 'default')}): {finding['msg']}")
+    return "; ".join(lines)
+
+
+def _told_json(variables: Mapping[str, str]) -> str | None:
+    for name, variable in variables.items():
+        try:
+            from_json(os.environ[variable])
+        except ValueError as error:
+            if name == "channel_layers":
+                return f"{name.upper()} (environment variable {variable}): not JSON: {error}"
+    return None
