@@ -71,9 +71,9 @@ class Connection(asyncio.Protocol):
             self._open(head)
         self._pending = data[self._read_frames(data) :]
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if not self._closing:
-            self.failed(LoadError(f"The server closed {self._path}: {error or 'end of stream'}"))
+            self.failed(LoadError(f"The server closed {self._path}: {exc or 'end of stream'}"))
 
     def close(self) -> None:
         """Cut the connection off."""
@@ -310,7 +310,7 @@ async def deliver(
             raise LoadError(f"Of the messages {numbers} a member got {count}, number {last} being the last")
 
 
-async def ask(callers: Sequence[Caller], times: int, timeout: float = 60) -> None:
+async def ask(callers: Sequence[Caller], times: int, timeout: float = 30) -> None:
     """Let every caller ask a number of times, one question after the other.
 
     Raises:

@@ -14,21 +14,20 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from starlette.responses import JSONResponse
-from starlette.types import Send
 from starlette.websockets import WebSocket, WebSocketState
 
 from fastapi_channels import _fastapi
 from fastapi_channels._tasks import Crew
 from fastapi_channels.answers import Answer
-from fastapi_channels.layers import Counters
+from fastapi_channels.layers import Counters, Direct, Envelope
 from fastapi_channels.settings import OverflowPolicy, RejectMode
 
 __all__ = ["Connection", "Limits", "State"]
@@ -46,6 +45,8 @@ STALLED_AFTER = 60.0
 MAX_REASON = 123
 
 TOO_SLOW = 4008
+
+_NO_CONTEXT = Context()
 
 Frame = dict[str, Any]
 
@@ -90,6 +91,8 @@ class Connection:
         close_reason: Likewise.
         closed_here: Whether it was us who closed it, after it was open.
         context: In a copy of which its tasks run.
+        deliver: Takes a message of the layer that is not for `direct`; set by whom the connection serves.
+        forwards: The types of messages that are.
         direct: The server's `send`, while nothing waits in the outbox and it may be begun by hand.
     """
 
@@ -109,7 +112,9 @@ class Connection:
         "close_reason",
         "closed_here",
         "context",
+        "deliver",
         "direct",
+        "forwards",
         "counters",
         "crew",
         "limits",
@@ -125,9 +130,11 @@ class Connection:
         self.closed_here = False
         self.close_code = 1006
         self.close_reason = ""
-        self.context = crew.context()
+        self.context = _NO_CONTEXT
         self.crew = crew
-        self.direct: Send | None = None
+        self.direct: Direct | None = None
+        self.forwards: Mapping[str, bool] = {}
+        self.deliver: Callable[[Envelope], bool] = _undeliverable
         self._receive = _fastapi.bare_receive(websocket)
         self._send = _fastapi.bare_send(websocket)
         self._outbox: deque[tuple[Frame, int, Hashable]] | None = None
@@ -272,7 +279,7 @@ class Connection:
             return self.state is not State.CLOSING
         self._keep(frame, size, key)
         if self._writer is None:
-            self._start_writer()
+            self.left_behind()
         return True
 
     def close_soon(self, code: int = 1000, reason: str = "") -> None:
@@ -294,7 +301,7 @@ class Connection:
         else:
             self._keep(frame, 0, None)
             if self._writer is None:
-                self._start_writer()
+                self.left_behind()
         self.direct = None
         if self._deadline is not None:
             self._deadline.reschedule(self.crew.loop.time() + CLOSE_TIMEOUT)
@@ -313,25 +320,24 @@ class Connection:
     def step(self, frame: Frame) -> bool:
         """Begin the server's `send` by hand, where it is `direct`; what does not end at once becomes the writer."""
         assert self.direct is not None
-        sending: Any = self.direct(frame)
         try:
-            waits_for = sending.send(None)
-        except StopIteration:
-            return True
+            rest = self.crew.begin(self.direct, frame)
         except Exception as error:
-            self._lost(error)
+            self.lost(error)
             return False
-        self._start_writer(_rest(sending, waits_for))
+        if rest is not None:
+            self.left_behind(rest)
         return True
 
     def _go_direct(self) -> None:
         """Let frames go straight to the server from now on, if its `send` may be stepped."""
         if self.state is State.OPEN and _fastapi.can_be_stepped(self._send):
-            self.direct = self._send
+            self.direct = cast(Direct, self._send)
 
-    def _start_writer(self, first: Awaitable[None] | None = None) -> None:
+    def left_behind(self, rest: Awaitable[None] | None = None) -> None:
+        """Start the writer, with the rest of a `send` that waits for the socket."""
         self.direct = None
-        self._writer = self.crew.start(self._write_off(first), self.context)
+        self._writer = self.crew.start(self._write_off(rest), self.context)
 
     async def _write_off(self, first: Awaitable[None] | None) -> None:
         """Write what waits until the outbox is empty."""
@@ -352,7 +358,7 @@ class Connection:
                 self._too_slow()
             self.end(self.close_code, self.close_reason)
         except Exception as error:
-            self._lost(error)
+            self.lost(error)
         else:
             self._outbox = None
             if self.state is State.CLOSING:
@@ -408,7 +414,7 @@ class Connection:
         if self._room is not None and not self._room.done() and not self.is_full:
             self._room.set_result(None)
 
-    def _lost(self, error: Exception) -> None:
+    def lost(self, error: Exception) -> None:
         """The server would not take a frame: the client is gone, whatever the server calls it."""
         logger.debug("a frame could not be sent", exc_info=error)
         if self.state is State.CLOSING:
@@ -435,6 +441,10 @@ class Connection:
             self._serving.cancel()
 
 
+def _undeliverable(envelope: Envelope) -> bool:
+    return False
+
+
 class _Interruptible:
     """See `Connection.interruptible`.
 
@@ -457,24 +467,6 @@ class _Interruptible:
         if not self._connection._interrupted:
             return False
         return self._task.uncancel() == 0 and exc_type is asyncio.CancelledError
-
-
-@types.coroutine
-def _rest(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    """Go on with a coroutine that has been begun by hand and waits for something."""
-    while True:
-        try:
-            value = yield waits_for
-        except BaseException as error:
-            try:
-                waits_for = sending.throw(error)
-            except StopIteration:
-                return
-        else:
-            try:
-                waits_for = sending.send(value)
-            except StopIteration:
-                return
 
 
 def fitting(reason: str) -> str:

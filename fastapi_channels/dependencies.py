@@ -206,19 +206,25 @@ class Plan:
         except ValidationError as error:
             raise _invalid(error) from error
 
-    def value_of(self, envelope: Envelope) -> Any:
-        """What the handler's data parameter gets of an event, decoded for it alone.
+    def begin_event(self, consumer: Any, envelope: Envelope, handshake: Handshake) -> Awaitable[Any]:
+        """Call the handler of an event, decoded for it alone; see `begin`.
 
         Raises:
-            InvalidData: It doesn't fit the annotation.
+            InvalidData: The event doesn't fit the annotation.
         """
-        if not self._is_model:
-            return envelope.decode() if self._takes_any_dict else self.validate(envelope.decode())
-        assert self._adapter is not None
-        try:
-            return self._adapter.validate_json(envelope.payload)
-        except ValidationError as error:
-            raise _invalid(error) from error
+        if self._is_model and self._adapter is not None:
+            try:
+                value = self._adapter.validate_json(envelope.payload)
+            except ValidationError as error:
+                raise _invalid(error) from error
+        else:
+            value = envelope.decode()
+            if not self._takes_any_dict:
+                value = self.validate(value)
+        if self.is_simple and self.parameter is not None:
+            result: Awaitable[Any] = self.function(consumer, value)
+            return result
+        return self.begin(consumer, value, handshake)
 
     def begin(self, consumer: Any, value: Any, handshake: Handshake) -> Awaitable[Any]:
         """Call the handler with its data and dependencies; awaiting the result gives what it returns.

@@ -27,6 +27,9 @@ __all__ = ["WebSocketConsumer"]
 
 logger = logging.getLogger("fastapi_channels")
 
+#: How many types of events a class remembers something about; they are the application's, so there are fewer.
+MAX_TYPES = 1000
+
 # Attributes of the design that this version can't keep: a consumer that relies on one must not start without it.
 _NOT_YET = (
     "authentication_classes permission_classes throttle_classes permission_recheck presence_events presence_id "
@@ -71,8 +74,7 @@ class WebSocketConsumer:
     _unhandled: ClassVar[set[str]]
     _takes: ClassVar[tuple[type, ...]]
     _receive_plan: ClassVar[Plan]
-    _forwards_all: ClassVar[bool]
-    _forwarded: ClassVar[frozenset[str]]
+    _is_forwarded: ClassVar[dict[str, bool]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,9 +96,8 @@ class WebSocketConsumer:
                 raise DefinitionError(f"{cls.__name__}.{attribute} handles an event and can't be a generator")
             plans[kind], claimed[kind] = plan, attribute
         cls._event_plans = plans
-        cls._forwards_all = cls.forward_events is True
-        cls._forwarded = frozenset(() if isinstance(cls.forward_events, bool) else cls.forward_events)
-        if both := sorted(cls._forwarded & plans.keys()):
+        cls._is_forwarded = dict.fromkeys(() if isinstance(cls.forward_events, bool) else cls.forward_events, True)
+        if both := sorted(cls._is_forwarded.keys() & plans.keys()):
             raise DefinitionError(f"{cls.__name__}: {both[0]!r} has a handler and is in forward_events")
         cls._unhandled = set()
         cls._disconnect_arguments = _count_arguments(cls)
@@ -337,15 +338,21 @@ class WebSocketConsumer:
             return connection.step(event)
         return await self._write(event, len(payload))
 
-    def _forwards(self, type: str) -> bool:
+    @classmethod
+    def _forwards(cls, type: str) -> bool:
         """Whether events of that type go to the client as they are."""
-        if self._forwards_all:
-            return type not in self._event_plans and not type.startswith("websocket.")
-        return type in self._forwarded
+        try:
+            return cls._is_forwarded[type]
+        except KeyError:
+            is_forwarded = cls.forward_events is True and type not in cls._event_plans
+            is_forwarded = is_forwarded and not type.startswith("websocket.")
+            if len(cls._is_forwarded) < MAX_TYPES:
+                cls._is_forwarded[type] = is_forwarded
+            return is_forwarded
 
     def _complain_unhandled(self, type: str) -> None:
         """Log that there is no handler for a type of event; once for each type, since the next would say the same."""
-        if type in self._unhandled or len(self._unhandled) >= 1000:
+        if type in self._unhandled or len(self._unhandled) >= MAX_TYPES:
             return
         self._unhandled.add(type)
         name = type.replace(".", "_")

@@ -26,6 +26,8 @@ from fastapi_channels.layers import ChannelLayer, Envelope
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
 
+_NONE: Mapping[str, bool] = {}
+
 __all__ = ["Session", "checked_close_code"]
 
 logger = logging.getLogger("fastapi_channels")
@@ -90,7 +92,8 @@ class Session:
         """
         connection = self.connection
         has_grace = True
-        self.channel_name = self.consumer.channel_name = self.layer.attach(self)
+        connection.deliver = self.deliver
+        self.channel_name = self.consumer.channel_name = self.layer.attach(connection)
         self.consumer.groups = self.layer.groups_of(self.channel_name)
         try:
             await self._open(values)
@@ -206,18 +209,18 @@ class Session:
     def deliver(self, envelope: Envelope) -> bool:
         """Take a message of the layer; a forwarded one goes to the client at once if none waits before it."""
         events = self._events
+        connection = self.connection
         if events is None or not events.is_active:
-            connection = self.connection
-            if connection.state is not State.CONNECTING and self.consumer._forwards(envelope.type):
-                if connection.direct is None:
-                    self._forward(envelope)
-                else:
-                    connection.step(envelope.frame)
+            is_open = connection.state is not State.CONNECTING
+            if is_open and self.consumer._forwards(envelope.type):
+                connection.forwards = self.consumer._is_forwarded
+                self._forward(envelope)
                 return True
             if events is None:
                 events = self._events = Lane(connection.crew, self._begin_event, self._event_failed)
-                if connection.state is not State.CONNECTING:
+                if is_open:
                     events.open(connection.context)
+            connection.forwards = _NONE  # until this lane is found idle: what is forwarded stays behind what waits in it
         elif len(events.waiting) >= self.layer.capacity:
             return False
         events.put(envelope)
@@ -237,7 +240,7 @@ class Session:
         consumer = self.consumer
         plan = consumer._event_plans.get(envelope.type)
         if plan is not None:
-            return plan.begin(consumer, plan.value_of(envelope), self.handshake)
+            return plan.begin_event(consumer, envelope, self.handshake)
         if consumer._forwards(envelope.type):
             self._forward(envelope)
         elif envelope.type == "websocket.send":
@@ -270,7 +273,7 @@ class Session:
     @property
     def is_paced(self) -> bool:
         """Whether the running code may be held back while the client reads slowly: all but an event's handler may."""
-        return self._events is None or not self._events.holds(asyncio.current_task())
+        return self._events is None or self._events.task is None or self._events.task is not asyncio.current_task()
 
     # The end
 

@@ -9,7 +9,7 @@ from fastapi_channels.exceptions import (
     LayerError,
     LayerUnavailable,
 )
-from fastapi_channels.layers.base import ChannelLayer, Receipt, Sink, SyncChannelLayer
+from fastapi_channels.layers.base import ChannelLayer, Direct, Receipt, Sink, SyncChannelLayer
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import make_layer
@@ -20,6 +20,7 @@ __all__ = [
     "ChannelFull",
     "ChannelLayer",
     "Counters",
+    "Direct",
     "Envelope",
     "InvalidGroupName",
     "InvalidMessage",

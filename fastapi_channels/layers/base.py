@@ -11,12 +11,12 @@ import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, KeysView
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, final
 
-from fastapi_channels._tasks import run_blocking
+from fastapi_channels._tasks import rest_of, run_blocking
 from fastapi_channels.exceptions import ChannelFull, InvalidGroupName, LayerUnavailable
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope, Message
@@ -32,15 +32,34 @@ Result = TypeVar("Result")
 #: Abandoned inboxes are looked for when there are this many of them, and again when there are twice as many.
 SWEEP = 64
 
+#: An async function that takes the ASGI event of a frame, and may be begun by hand.
+Direct = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
+
 #: Told of each `group_send` before it is carried out: the group, the envelope, the channels left out.
 Observer = Callable[[str, Envelope, Collection[str]], None]
 
 
 class Sink(Protocol):
-    """What a channel's messages are handed to: a consumer's connection, or an inbox."""
+    """What a channel's messages are handed to: a consumer's session, or an inbox.
+
+    Attributes:
+        direct: Sends the frame of a message on at once, while nothing waits before it; None where or while it can't.
+        forwards: By the type of a message, whether `direct` is the way for it; what is missing goes to `deliver`.
+    """
+
+    direct: Direct | None
+    forwards: Mapping[str, bool]
 
     def deliver(self, envelope: Envelope) -> bool:
         """Take a message at once, without waiting. False means that there is no room: it was not taken."""
+        ...
+
+    def left_behind(self, rest: Awaitable[None]) -> None:
+        """See to the rest of a `direct` call that waits: somebody has to await it."""
+        ...
+
+    def lost(self, error: Exception) -> None:
+        """Take note that a `direct` call has failed."""
         ...
 
 
@@ -302,15 +321,40 @@ class ChannelLayer(ABC):
     # Local delivery
 
     def _fan_out(self, group: str, envelope: Envelope, exclude: Collection[str]) -> None:
-        """Hand an envelope to every member in this process, without waiting for any."""
+        """Hand an envelope to every member in this process, without waiting for any.
+
+        One coroutine awaits the members' `direct` one after another, and is stepped by hand here. Where one waits, the
+        coroutine stays behind as the rest of that call, and another goes on with the members after it.
+        """
         members = self._groups.get(group)
         if not members:
             return
-        dropped = 0
-        for channel, sink in list(members.items()):
-            if channel not in exclude and not sink.deliver(envelope):
-                dropped += 1
-        self.counters.inbox_dropped += dropped
+        if exclude:
+            sinks = iter([sink for channel, sink in members.items() if channel not in exclude])
+        else:
+            sinks = iter(list(members.values()))
+        at: list[Any] = [None]
+        while True:
+            handing_out = self._hand_out(sinks, envelope, at)
+            try:
+                waits_for = handing_out.send(None)
+            except StopIteration:
+                return
+            at[0].left_behind(rest_of(handing_out, waits_for))
+
+    async def _hand_out(self, sinks: Iterator[Sink], envelope: Envelope, at: list[Any]) -> None:
+        """Hand an envelope to the sinks; in `at` is the one whose `direct` is under way."""
+        kind, frame = envelope.type, envelope.frame
+        for sink in sinks:
+            direct = sink.direct
+            if direct is not None and sink.forwards.get(kind):
+                at[0] = sink
+                try:
+                    await direct(frame)
+                except Exception as error:
+                    sink.lost(error)
+            elif not sink.deliver(envelope):
+                self.counters.inbox_dropped += 1
 
     def _envelope(self, message: Message) -> Envelope:
         return Envelope.of(message, self._now() + self.expiry)
