@@ -4,21 +4,25 @@ An asyncio task for each frame or event costs more than most handlers do. A `Cre
 task, one after another, and still gives each the guarantees of a task of its own:
 
 - A handler that waits holds up nobody. Right after a worker's first step, `_relieve` looks whether it got through; if it
-  did not, the worker stays with the lane that waits and another one takes the rest.
+  did not, the worker stays with the lane that waits and another one goes on with the queue.
 - `asyncio.current_task()` is the same from a handler's first line to its last, so timeouts, task groups and cancel
   scopes work in it, and cancelling that task while the handler waits reaches that handler alone.
 - A handler runs in a copy of its own connection's context. Lanes share a worker only while their contexts are equal, and
   a worker whose context was changed by a handler takes no other lane after it.
+- Order: the queue is one, and a lane that is busy keeps what comes. So what is dispatched first is handled first, in
+  every lane.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import logging
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
 import anyio.to_thread
@@ -32,30 +36,43 @@ Result = TypeVar("Result")
 TURN = 32
 
 _OVER: Any = object()
+_WAITING: Any = object()
+
+
+class LaneFull(Exception):
+    """A lane has no room for an item that was dispatched to it."""
 
 
 class Crew:
-    """Runs the work of connections in as few tasks as possible; one for each application and event loop.
+    """Works off the lanes of many connections in as few tasks as possible; one for each layer and event loop.
 
+    Its queue is worked off in order by one worker at a time: the next one takes over where the last one got stuck.
     Only the loop's own thread may call it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        #: The loop's time when the item at hand was taken up, or a moment before: not later than a worker's first step.
+        self.now = loop.time()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lanes: list[Lane[Any]] | None = None
-        self._context: contextvars.Context | None = None
-        self._known = contextvars.Context()
-        self._stepper: Generator[Any, Any, None] | None = None
+        self._queue: deque[tuple[Any, Iterator[Lane[Any]], Context]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._known = Context()
+        self._stepper = _new_stepper()
 
-    def context(self) -> contextvars.Context:
+    @property
+    def is_busy(self) -> bool:
+        """Whether something was dispatched that no worker has taken up yet."""
+        return bool(self._queue)
+
+    def context(self) -> Context:
         """The current context; the same object as the last one if it holds the same values, so that lanes share it."""
-        context = contextvars.copy_context()
+        context = copy_context()
         if not _is_equal(self._known, context):
             self._known = context
         return self._known
 
-    def start(self, coroutine: Coroutine[Any, Any, None], context: contextvars.Context) -> asyncio.Task[None]:
+    def start(self, coroutine: Coroutine[Any, Any, None], context: Context) -> asyncio.Task[None]:
         """Run `coroutine` in a task of its own; what it raises is logged."""
         task = self.loop.create_task(coroutine, context=context.copy())
         self._tasks.add(task)
@@ -69,161 +86,242 @@ class Crew:
             None if it is over; else the rest of it, which somebody has to await.
         """
         stepper = self._stepper
-        if stepper is None:
-            stepper = self._stepper = _step()
-            next(stepper)
         try:
             waits_for = stepper.send((function, argument))
         except BaseException:
-            self._stepper = None
+            self._stepper = _new_stepper()
             raise
         if waits_for is _OVER:
             return None
-        self._stepper = None  # it stays with what it waits for
+        self._stepper = _new_stepper()  # this one stays with what it waits for
         return rest_of(stepper, waits_for)
 
-    def submit(self, lane: Lane[Any], context: contextvars.Context) -> None:
-        """Work a lane off soon, after the lanes submitted before it, in a copy of `context` (see there)."""
-        lanes = self._lanes
-        if lanes is None or context is not self._context:
-            self._lanes = lanes = []
-            self._context = context
-            self.start(self._work(lanes), context)
-        lanes.append(lane)
+    def dispatch(self, item: Any, lanes: list[Lane[Any]]) -> None:
+        """Have one item handled in each of these open lanes soon, behind what waits in it.
+
+        A lane without room for it gets `LaneFull` as the item's failure.
+        """
+        context = lanes[0].context
+        assert context is not None
+        self._add(item, lanes, context)
+
+    def submit(self, lane: Lane[Any], context: Context) -> None:
+        """Have what waits in a lane handled soon, in a copy of `context` (see there)."""
+        self._add(_WAITING, (lane,), context)
+
+    def _add(self, item: Any, lanes: Iterable[Lane[Any]], context: Context) -> None:
+        self._queue.append((item, iter(lanes), context))
+        if self._worker is None:
+            self._next_worker()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of fastapi-channels failed", exc_info=error)
 
-    async def _work(self, lanes: list[Lane[Any]]) -> None:
-        if lanes is self._lanes:
-            self._lanes = None  # what is submitted from here on waits for the next worker: no lane starves the loop
-        await self._work_off(iter(lanes))
+    def _next_worker(self) -> None:
+        self._worker = None
+        if self._queue:
+            context = self._queue[0][2]
+            self._worker = self.start(self._work(context), context)
 
-    async def _work_off(self, lanes: Iterator[Lane[Any]]) -> None:
+    def _relieve(self, worker: asyncio.Task[None]) -> None:
+        """Let another worker go on, if this one has not got through in its first step."""
+        if self._worker is worker:
+            self._next_worker()
+
+    async def _work(self, context: Context) -> None:
         task = asyncio.current_task()
         assert task is not None
-        context = contextvars.copy_context()
-        self.loop.call_soon(self._relieve, lanes, context)
+        self.loop.call_soon(self._relieve, task)
+        self.now = self.loop.time()
+        queue = self._queue
         try:
-            for lane in lanes:
-                lane.task = task
-                waiting = lane.waiting
-                turn = TURN
-                try:
-                    while waiting and turn:
-                        turn -= 1
-                        item = waiting.pop(0)
-                        if lane.wants_room:
-                            lane.make_room()
-                        try:
-                            rest = lane.begin(item)
-                            if rest is not None:
-                                await rest
-                        except (Exception, asyncio.CancelledError) as error:
-                            rest = lane.failed(item, not_cancelled(error, task))
-                            if rest is not None:
-                                await rest
-                finally:
-                    lane.task = None
-                    lane.go_on()
-                if not _is_equal(contextvars.copy_context(), context):
-                    break
+            for _ in range(len(queue)):  # what is added from here on is for the next worker: nobody starves the loop
+                item, lanes, job_context = queue[0]
+                if job_context is not context:
+                    return
+                for lane in lanes:
+                    if item is _WAITING:
+                        if lane._waiting is None:
+                            lane.go_on()
+                            continue
+                        current = lane.take()
+                    else:
+                        if lane.reserved:
+                            lane.reserved -= 1
+                        if lane.is_active or lane.context is not context:
+                            lane.offer(item)
+                            continue
+                        lane.is_active = True
+                        current = item
+                    lane.task = task
+                    turn = TURN
+                    try:
+                        while True:
+                            try:
+                                rest = lane.begin(current)
+                                if rest is not None:
+                                    await rest
+                            except (Exception, asyncio.CancelledError) as error:
+                                rest = lane.failed(current, not_cancelled(error, task))
+                                if rest is not None:
+                                    await rest
+                            turn -= 1
+                            if lane._waiting is None or not turn:
+                                break
+                            if self._worker is not task:
+                                self.now = self.loop.time()
+                            current = lane.take()
+                    finally:
+                        lane.task = None
+                        if lane._waiting is not None or lane.is_watched:
+                            lane.go_on()
+                        else:
+                            lane.is_active = False
+                    if self._worker is not task:
+                        return
+                    try:
+                        if copy_context() != context:
+                            return
+                    except Exception:  # a value that can't be compared is another value
+                        return
+                queue.popleft()
         finally:
-            self._relieve(lanes, context)
-
-    def _relieve(self, lanes: Iterator[Lane[Any]], context: contextvars.Context) -> None:
-        """Hand the lanes that a worker has not begun to another; it shares the iterator, so it ends after its own."""
-        if rest := list(lanes):
-            self.start(self._work_off(iter(rest)), context)
+            if self._worker is task:
+                self._next_worker()
 
 
-class Lane(Generic[Item]):
+class Lane(ABC, Generic[Item]):
     """Handles the items of one connection one at a time, in order; costs nothing while there are none.
 
-    It is made closed, and keeps its items until `open` is called.
+    Subclasses say how. It is made closed, and keeps its items until `open` is called.
 
     Args:
         crew: Who does the work.
-        begin: Called with each item; does what can be done at once, and returns the rest to be awaited, or None.
-        failed: Called with an item and what `begin` or its rest raised.
+        capacity: How many items wait before a dispatched one fails; `put` doesn't look at it.
 
     Attributes:
-        waiting: The items that have not been begun, oldest first.
+        reserved: How many items have been announced by `reserve` and not been dispatched yet.
         is_active: Whether an item is waiting or being handled, or the lane is not open yet.
+        is_watched: Whether somebody waits for `room` or `idle`.
         task: The one that handles an item at this moment.
-        wants_room: Whether somebody waits for `room`.
+        context: In a copy of which items are handled; None until the lane is open.
     """
 
-    __slots__ = ("_context", "_crew", "_idle", "_room", "begin", "failed", "is_active", "task", "waiting", "wants_room")
+    __slots__ = (
+        "_crew",
+        "_idle",
+        "_room",
+        "_waiting",
+        "capacity",
+        "context",
+        "is_active",
+        "is_watched",
+        "reserved",
+        "task",
+    )
 
-    def __init__(
-        self,
-        crew: Crew,
-        begin: Callable[[Item], Awaitable[Any] | None],
-        failed: Callable[[Item, Exception], Awaitable[None] | None],
-    ) -> None:
-        self.waiting: list[Item] = []
+    def __init__(self, crew: Crew, capacity: int) -> None:
+        self._waiting: list[Item] | None = None
+        self.reserved = 0
         self.is_active = True
+        self.is_watched = False
         self.task: asyncio.Task[Any] | None = None
-        self.wants_room = False
-        self.begin = begin
-        self.failed = failed
+        self.context: Context | None = None
+        self.capacity = capacity
         self._crew = crew
-        self._context: contextvars.Context | None = None
         self._room: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
 
-    def open(self, context: contextvars.Context) -> None:
+    @abstractmethod
+    def begin(self, item: Item) -> Awaitable[Any] | None:
+        """Handle an item: do what can be done at once, and return the rest to be awaited, or None."""
+
+    @abstractmethod
+    def failed(self, item: Item, error: Exception) -> Awaitable[None] | None:
+        """See to an item whose `begin` or the rest of it raised, or that got `LaneFull`."""
+
+    @property
+    def waiting(self) -> Sequence[Item]:
+        """The items that have not been begun, oldest first."""
+        return self._waiting or ()
+
+    def open(self, context: Context) -> None:
         """Begin to handle the items, each in a copy of `context`, which is the crew's."""
-        self._context = context
+        self.context = context
         self.go_on()
 
     def put(self, item: Item) -> None:
-        """Add an item behind the others; never waits, and doesn't look at any capacity."""
-        self.waiting.append(item)
+        """Add an item behind the others; never waits."""
+        if self._waiting is None:
+            self._waiting = [item]
+        else:
+            self._waiting.append(item)
         if not self.is_active:
-            self.is_active = True
-            assert self._context is not None
-            self._crew.submit(self, self._context)
+            self.go_on()
+
+    def offer(self, item: Item) -> None:
+        """Add an item behind the others if there is room; else it fails with `LaneFull`."""
+        if len(self.waiting) < self.capacity:
+            self.put(item)
+        else:
+            self.failed(item, LaneFull())
+
+    def reserve(self) -> bool:
+        """Whether there is room for one more item, which is then to be dispatched."""
+        if len(self.waiting) + self.reserved >= self.capacity:
+            return False
+        self.reserved += 1
+        return True
+
+    def take(self) -> Item:
+        """The oldest item that waits, which is being handled from now on."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        assert self._waiting is not None
+        item = self._waiting.pop(0)
+        if not self._waiting:
+            self._waiting = None
+        return item
 
     async def room(self) -> None:
         """Wait until an item has been taken from those waiting. Cancelling is safe: nothing changes."""
         self._room = self._crew.loop.create_future()
-        self.wants_room = True
+        self.is_watched = True
         try:
             await self._room
         finally:
             self._room = None
-            self.wants_room = False
-
-    def make_room(self) -> None:
-        """Tell who waits for `room` that there is some."""
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+            self.is_watched = self._idle is not None
 
     async def idle(self) -> None:
         """Wait until every item has been handled, if it is open. Cancelling is safe: the lane goes on."""
-        while self.is_active and self._context is not None:
+        while self.is_active and self.context is not None:
             self._idle = self._crew.loop.create_future()
+            self.is_watched = True
             try:
                 await self._idle
             finally:
                 self._idle = None
+                self.is_watched = self._room is not None
+
+    def clear(self) -> None:
+        """Forget the items that wait."""
+        self._waiting = None
 
     def cancel(self) -> None:
         """Forget the items that wait and cancel the one that is being handled."""
-        self.waiting.clear()
+        self.clear()
         if self.task is not None:
             self.task.cancel()
 
     def go_on(self) -> None:
         """Have the crew work off what waits, if anything does."""
-        if self.waiting:
-            assert self._context is not None
+        if self._waiting is not None:
+            assert self.context is not None
             self.is_active = True
-            self._crew.submit(self, self._context)
+            self._crew.submit(self, self.context)
             return
         self.is_active = False
         if self._idle is not None and not self._idle.done():
@@ -241,6 +339,12 @@ def _step() -> Generator[Any, Any, None]:
     while True:
         yield from function(argument)
         function, argument = yield _OVER
+
+
+def _new_stepper() -> Generator[Any, Any, None]:
+    stepper: Generator[Any, Any, None] = _step()
+    next(stepper)
+    return stepper
 
 
 @types.coroutine
@@ -272,7 +376,7 @@ def not_cancelled(error: BaseException, task: asyncio.Task[Any]) -> Exception:
     return stray
 
 
-def _is_equal(one: contextvars.Context, other: contextvars.Context) -> bool:
+def _is_equal(one: Context, other: Context) -> bool:
     """Whether two contexts hold the same values; at once if neither was changed since one was copied of the other."""
     try:
         return bool(one == other)

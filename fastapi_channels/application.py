@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -17,7 +16,6 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_channels import _fastapi
-from fastapi_channels._tasks import Crew
 from fastapi_channels.exceptions import SettingsError
 from fastapi_channels.layers import ChannelLayer, make_layer
 from fastapi_channels.settings import ChannelsSettings
@@ -54,7 +52,6 @@ class Channels:
                 self.layers[alias] = make_layer(spec, capacity=settings.capacity, expiry=settings.expiry)
             except SettingsError as error:
                 raise SettingsError(f"CHANNEL_LAYERS[{alias!r}]: {error}") from error
-        self._crew: Crew | None = None
         self._opened = AsyncExitStack()
 
     def layer(self, alias: str = "default") -> ChannelLayer:
@@ -68,14 +65,6 @@ class Channels:
         except KeyError:
             known = ", ".join(sorted(self.layers))
             raise SettingsError(f"there is no channel layer {alias!r} in CHANNEL_LAYERS, only: {known}") from None
-
-    @property
-    def crew(self) -> Crew:
-        """Who runs the handlers of this application on the running event loop."""
-        loop = asyncio.get_running_loop()
-        if self._crew is None or self._crew.loop is not loop:
-            self._crew = Crew(loop)
-        return self._crew
 
     @property
     def is_open(self) -> bool:

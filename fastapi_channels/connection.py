@@ -25,9 +25,9 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketState
 
 from fastapi_channels import _fastapi
-from fastapi_channels._tasks import Crew
+from fastapi_channels._tasks import Crew, Lane
 from fastapi_channels.answers import Answer
-from fastapi_channels.layers import Counters, Direct, Envelope
+from fastapi_channels.layers import Counters, Direct, Envelope, Sink
 from fastapi_channels.settings import OverflowPolicy, RejectMode
 
 __all__ = ["Connection", "Limits", "State"]
@@ -74,7 +74,7 @@ class Limits:
     reject_mode: RejectMode
 
 
-class Connection:
+class Connection(Sink):
     """A client's WebSocket, from before the handshake is answered to after its end.
 
     Only the event loop's own thread may call it.
@@ -91,8 +91,7 @@ class Connection:
         close_reason: Likewise.
         closed_here: Whether it was us who closed it, after it was open.
         context: In a copy of which its tasks run.
-        deliver: Takes a message of the layer that is not for `direct`; set by whom the connection serves.
-        forwards: The types of messages that are.
+        taker: Takes the messages of the layer that neither `direct` nor the lane does; set by whom it serves.
         direct: The server's `send`, while nothing waits in the outbox and it may be begun by hand.
     """
 
@@ -112,13 +111,14 @@ class Connection:
         "close_reason",
         "closed_here",
         "context",
-        "deliver",
         "direct",
         "forwards",
+        "lane",
         "counters",
         "crew",
         "limits",
         "state",
+        "taker",
         "websocket",
     )
 
@@ -134,7 +134,8 @@ class Connection:
         self.crew = crew
         self.direct: Direct | None = None
         self.forwards: Mapping[str, bool] = {}
-        self.deliver: Callable[[Envelope], bool] = _undeliverable
+        self.lane: Lane[Envelope] | None = None
+        self.taker: Callable[[Envelope], bool] = _take_none
         self._receive = _fastapi.bare_receive(websocket)
         self._send = _fastapi.bare_send(websocket)
         self._outbox: deque[tuple[Frame, int, Hashable]] | None = None
@@ -244,6 +245,9 @@ class Connection:
 
     # The way out
 
+    def deliver(self, envelope: Envelope) -> bool:
+        return self.taker(envelope)
+
     @property
     def is_full(self) -> bool:
         """Whether the outbox has no room, so that the next `write` would overflow."""
@@ -319,9 +323,8 @@ class Connection:
 
     def step(self, frame: Frame) -> bool:
         """Begin the server's `send` by hand, where it is `direct`; what does not end at once becomes the writer."""
-        assert self.direct is not None
         try:
-            rest = self.crew.begin(self.direct, frame)
+            rest = self.crew.begin(self._send, frame)
         except Exception as error:
             self.lost(error)
             return False
@@ -441,7 +444,7 @@ class Connection:
             self._serving.cancel()
 
 
-def _undeliverable(envelope: Envelope) -> bool:
+def _take_none(envelope: Envelope) -> bool:
     return False
 
 

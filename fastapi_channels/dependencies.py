@@ -129,6 +129,7 @@ class Plan:
 
     Attributes:
         is_simple: Whether `call` needs nothing but the data: no dependencies and no thread.
+        is_plain: Whether it is simple and takes any JSON object as it is.
         is_stream: Whether the handler is a generator.
 
     Raises:
@@ -148,8 +149,8 @@ class Plan:
         self._adapter = None if self.parameter is None else _adapter(self.parameter, function)
         annotation = None if self.parameter is None else _bare(self.parameter.annotation)
         self._is_model = inspect.isclass(annotation) and issubclass(annotation, BaseModel)
-        self._takes_any_dict = annotation in (dict, dict[str, Any])
         self.is_simple = self.is_async and not self._dependencies and not self._websocket
+        self.is_plain = self.is_simple and annotation in (dict, dict[str, Any])
         self._nodes = self._tree({})
         self._with_overrides: tuple[tuple[Any, ...], list[tuple[str, _Node]]] | None = None
 
@@ -212,18 +213,12 @@ class Plan:
         Raises:
             InvalidData: The event doesn't fit the annotation.
         """
-        if self._is_model and self._adapter is not None:
-            try:
-                value = self._adapter.validate_json(envelope.payload)
-            except ValidationError as error:
-                raise _invalid(error) from error
-        else:
-            value = envelope.decode()
-            if not self._takes_any_dict:
-                value = self.validate(value)
-        if self.is_simple and self.parameter is not None:
-            result: Awaitable[Any] = self.function(consumer, value)
-            return result
+        if not self._is_model or self._adapter is None:
+            return self.begin(consumer, self.validate(envelope.decode()), handshake)
+        try:
+            value = self._adapter.validate_json(envelope.payload)
+        except ValidationError as error:
+            raise _invalid(error) from error
         return self.begin(consumer, value, handshake)
 
     def begin(self, consumer: Any, value: Any, handshake: Handshake) -> Awaitable[Any]:

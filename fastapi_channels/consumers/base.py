@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Scope
 from starlette.websockets import WebSocket
 
 from fastapi_channels.answers import refusal
-from fastapi_channels.connection import State
+from fastapi_channels.connection import Connection, State
 from fastapi_channels.consumers.blocking import SyncConsumer
 from fastapi_channels.consumers.marks import EventMark, marked
 from fastapi_channels.consumers.session import Session, checked_close_code
@@ -68,6 +68,7 @@ class WebSocketConsumer:
     """The layer it lives on."""
 
     _session: Session
+    _connection: Connection
     # Made with the class: how each type of event is handled, how many arguments `disconnect` takes, and so on.
     _event_plans: ClassVar[Mapping[str, Plan]]
     _disconnect_arguments: ClassVar[int]
@@ -154,7 +155,7 @@ class WebSocketConsumer:
     @property
     def websocket(self) -> WebSocket:
         """Starlette's WebSocket."""
-        return self._session.connection.websocket
+        return self._connection.websocket
 
     @property
     def scope(self) -> Scope:
@@ -179,7 +180,7 @@ class WebSocketConsumer:
     @property
     def sync(self) -> SyncConsumer:
         """The blocking twins of this consumer's methods, for plain `def` hooks and handlers."""
-        return SyncConsumer(self, self._session.connection.crew.loop)
+        return SyncConsumer(self, self._connection.crew.loop)
 
     async def accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         """Accept the connection before `connect` has returned.
@@ -206,7 +207,7 @@ class WebSocketConsumer:
             ValueError: Nobody may close with that code.
         """
         checked_close_code(code)
-        connection = self._session.connection
+        connection = self._connection
         if connection.state is State.CONNECTING:
             await connection.refuse(refusal(code, reason))
         else:
@@ -241,15 +242,13 @@ class WebSocketConsumer:
             ValueError: Something in it is not for JSON; nothing was sent.
         """
         payload = encode(content)
-        frame = {"type": "websocket.send", "text": payload.decode()}
-        connection = self._session.connection
-        if connection.direct is not None:
-            return connection.step(frame)
-        return await self._write(frame, len(payload), content)
+        connection = self._connection
+        if connection.direct is not None:  # the usual case, without a detour
+            return connection.step({"type": "websocket.send", "text": payload.decode()})
+        return await self._write({"type": "websocket.send", "text": payload.decode()}, len(payload), content)
 
     async def _write(self, frame: dict[str, Any], size: int, content: Any = None) -> bool:
-        session = self._session
-        connection = session.connection
+        session, connection = self._session, self._connection
         if connection.state is State.CONNECTING:
             raise RuntimeError("the connection is not accepted yet: call accept() first, or send after connect")
         key = None
@@ -333,7 +332,7 @@ class WebSocketConsumer:
     async def _reply(self, frame: Mapping[str, Any]) -> bool:
         payload = encode(frame)
         event = {"type": "websocket.send", "text": payload.decode()}
-        connection = self._session.connection
+        connection = self._connection
         if connection.direct is not None:
             return connection.step(event)
         return await self._write(event, len(payload))

@@ -120,7 +120,8 @@ def _session_dependency(consumer: type[WebSocketConsumer]) -> Callable[[WebSocke
             limits[channels] = _limits(consumer, channels)
         await websocket.receive()  # websocket.connect
         instance = consumer()
-        connection = Connection(websocket, limits[channels], channels.crew, layer.counters)
+        connection = Connection(websocket, limits[channels], layer.crew, layer.counters)
+        instance._connection = connection
         instance._session = Session(instance, connection, layer, channels)
         instance.layer = layer
         _fastapi.on_exit(websocket, instance._session.leave)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from fastapi_channels._tasks import Lane, in_thread
+from fastapi_channels._tasks import Lane, LaneFull, in_thread
 from fastapi_channels.answers import Answer, ask_application
 from fastapi_channels.application import Channels
 from fastapi_channels.connection import Connection, State
@@ -25,8 +25,6 @@ from fastapi_channels.layers import ChannelLayer, Envelope
 
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
-
-_NONE: Mapping[str, bool] = {}
 
 __all__ = ["Session", "checked_close_code"]
 
@@ -52,10 +50,8 @@ class Session:
     __slots__ = (
         "_answer",
         "_context",
-        "_events",
         "_frames",
         "_has_complained",
-        "_inbox_bytes",
         "channel_name",
         "channels",
         "connection",
@@ -77,11 +73,9 @@ class Session:
         self.handshake: Handshake = {}
         #: Calls that run beside the frames, as `@action(concurrency=n)` has them.
         self.tasks: set[asyncio.Task[None]] | None = None
-        self._frames: Lane[tuple[Any, int]] | None = None
-        self._events: Lane[Envelope] | None = None
+        self._frames: FrameLane | None = None
         self._context: Context | None = None
         self._answer: Answer | None = None
-        self._inbox_bytes = 0
         self._has_complained = False
 
     async def serve(self, values: Mapping[str, Any]) -> None:
@@ -92,7 +86,8 @@ class Session:
         """
         connection = self.connection
         has_grace = True
-        connection.deliver = self.deliver
+        connection.taker = self.deliver
+        connection.forwards = self.consumer._is_forwarded
         self.channel_name = self.consumer.channel_name = self.layer.attach(connection)
         self.consumer.groups = self.layer.groups_of(self.channel_name)
         try:
@@ -144,8 +139,8 @@ class Session:
     async def accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         """Answer the handshake with yes; the events that have come meanwhile follow."""
         await self.connection.accept(subprotocol, headers)
-        if self._events is not None:
-            self._events.open(self.connection.context)
+        if self.connection.lane is not None:
+            self.connection.lane.open(self.connection.context)
 
     # Frames
 
@@ -166,28 +161,12 @@ class Session:
             if item is None:
                 return None
         if self._frames is None:
-            self._frames = Lane(self.connection.crew, self._begin_frame, self._frame_failed)
+            self._frames = FrameLane(self)
             if self._context is not None:
                 self._frames.open(self._context)
         self._frames.put((item, size))
-        self._inbox_bytes += size
-        is_full = (
-            len(self._frames.waiting) >= self.layer.capacity
-            or self._inbox_bytes >= INBOX_FRAMES_OF_MAX_SIZE * self.connection.limits.max_frame_size
-        )
-        return self._frames.room() if is_full else None
-
-    def _begin_frame(self, item_and_size: tuple[Any, int]) -> Awaitable[None] | None:
-        item, size = item_and_size
-        self._inbox_bytes -= size
-        if self.connection.closed_here:
-            return None
-        if isinstance(item, ConsumerError):
-            raise item
-        return self.consumer._handle_frame(item)
-
-    def _frame_failed(self, item_and_size: tuple[Any, int], error: Exception) -> Awaitable[None]:
-        return self.answer_error(error)
+        self._frames.size += size
+        return self._frames.room() if self._frames.is_full else None
 
     @property
     def waiting_frames(self) -> list[Any]:
@@ -208,72 +187,35 @@ class Session:
 
     def deliver(self, envelope: Envelope) -> bool:
         """Take a message of the layer; a forwarded one goes to the client at once if none waits before it."""
-        events = self._events
         connection = self.connection
-        if events is None or not events.is_active:
+        lane = connection.lane
+        if lane is None:
             is_open = connection.state is not State.CONNECTING
             if is_open and self.consumer._forwards(envelope.type):
-                connection.forwards = self.consumer._is_forwarded
-                self._forward(envelope)
+                self.forward(envelope)
                 return True
-            if events is None:
-                events = self._events = Lane(connection.crew, self._begin_event, self._event_failed)
-                if is_open:
-                    events.open(connection.context)
-            connection.forwards = _NONE  # until this lane is found idle: what is forwarded stays behind what waits in it
-        elif len(events.waiting) >= self.layer.capacity:
+            lane = connection.lane = EventLane(self)
+            if is_open:
+                lane.open(connection.context)
+        if not lane.reserve():
             return False
-        events.put(envelope)
+        if lane.context is None:
+            lane.reserved -= 1
+            lane.put(envelope)
+        else:
+            connection.crew.dispatch(envelope, [lane])
         return True
 
-    def _forward(self, envelope: Envelope) -> None:
+    def forward(self, envelope: Envelope) -> None:
+        """Send a message on to the client as it is."""
         key = self.consumer.outbox_key(envelope.decode()) if self.connection.limits.overflow == "latest" else None
         self.connection.write(envelope.frame, len(envelope.payload), key)
-
-    def _begin_event(self, envelope: Envelope) -> Awaitable[Any] | None:
-        connection = self.connection
-        if connection.state is not State.OPEN:
-            return None
-        if envelope.expires <= connection.crew.loop.time():
-            self.layer.counters.expired += 1
-            return None
-        consumer = self.consumer
-        plan = consumer._event_plans.get(envelope.type)
-        if plan is not None:
-            return plan.begin_event(consumer, envelope, self.handshake)
-        if consumer._forwards(envelope.type):
-            self._forward(envelope)
-        elif envelope.type == "websocket.send":
-            self._send_as_told(envelope.decode())
-        elif envelope.type == "websocket.close":
-            self._close_as_told(envelope.decode())
-        else:
-            self.layer.counters.unhandled += 1
-            consumer._complain_unhandled(envelope.type)
-        return None
-
-    def _event_failed(self, envelope: Envelope, error: Exception) -> None:
-        self.layer.counters.failed += 1
-        name = type(self.consumer).__qualname__
-        logger.error("%s failed on the event %r", name, envelope.type, exc_info=error)
-
-    def _send_as_told(self, event: Mapping[str, Any]) -> None:
-        text, data = event.get("text"), event.get("bytes")
-        if isinstance(text, str) and data is None:
-            self.connection.write({"type": "websocket.send", "text": text}, len(text.encode()))
-        elif isinstance(data, bytes) and text is None:
-            self.connection.write({"type": "websocket.send", "bytes": data}, len(data))
-        else:
-            raise InvalidMessage("websocket.send has either a text (str) or bytes")
-
-    def _close_as_told(self, event: Mapping[str, Any]) -> None:
-        code, reason = event.get("code", 1000), event.get("reason") or ""
-        self.connection.close_soon(checked_close_code(code), str(reason))
 
     @property
     def is_paced(self) -> bool:
         """Whether the running code may be held back while the client reads slowly: all but an event's handler may."""
-        return self._events is None or self._events.task is None or self._events.task is not asyncio.current_task()
+        lane = self.connection.lane
+        return lane is None or lane.task is None or lane.task is not asyncio.current_task()
 
     # The end
 
@@ -295,13 +237,13 @@ class Session:
 
     async def _finish(self, grace: float) -> None:
         """Let what has arrived be handled for a moment, then cancel it and wait for its end."""
-        if self._events is not None:
-            self._events.waiting.clear()
+        if self.connection.lane is not None:
+            self.connection.lane.clear()
         if self._is_idle:
             return
         with anyio.move_on_after(grace):
             await self._idle()
-        for lane in (self._frames, self._events):
+        for lane in (self._frames, self.connection.lane):
             if lane is not None:
                 lane.cancel()
         for task in self.tasks or ():
@@ -310,11 +252,11 @@ class Session:
 
     @property
     def _is_idle(self) -> bool:
-        lanes = (self._frames, self._events)
+        lanes = (self._frames, self.connection.lane)
         return not self.tasks and not any(lane is not None and lane.is_active for lane in lanes)
 
     async def _idle(self) -> None:
-        for lane in (self._frames, self._events):
+        for lane in (self._frames, self.connection.lane):
             if lane is not None:
                 await lane.idle()
         while self.tasks:
@@ -341,6 +283,93 @@ class Session:
         answer = self._answer or await ask_application(self.connection.websocket, error)
         await self.connection.refuse(answer)
         return answer.is_expected or answer.response is not None
+
+
+class FrameLane(Lane[tuple[Any, int]]):
+    """The frames of a client that wait to be handled: what was made of each, and its size in bytes."""
+
+    __slots__ = ("_session", "size")
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.connection.crew, session.layer.capacity)
+        self._session = session
+        #: The bytes that wait.
+        self.size = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client has to be held back."""
+        largest = self._session.connection.limits.max_frame_size
+        return len(self.waiting) >= self.capacity or self.size >= INBOX_FRAMES_OF_MAX_SIZE * largest
+
+    def begin(self, item: tuple[Any, int]) -> Awaitable[Any] | None:
+        frame, size = item
+        self.size -= size
+        if self._session.connection.closed_here:
+            return None
+        if isinstance(frame, ConsumerError):
+            raise frame
+        return self._session.consumer._handle_frame(frame)
+
+    def failed(self, item: tuple[Any, int], error: Exception) -> Awaitable[None]:
+        return self._session.answer_error(error)
+
+
+class EventLane(Lane[Envelope]):
+    """The messages of the layer that wait to be handled."""
+
+    __slots__ = ("_connection", "_consumer", "_session")
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.connection.crew, session.layer.capacity)
+        self._connection = session.connection
+        self._consumer = session.consumer
+        self._session = session
+
+    def begin(self, item: Envelope) -> Awaitable[Any] | None:
+        connection = self._connection
+        if connection.direct is None and connection.state is not State.OPEN:
+            return None
+        if item.expires <= connection.crew.now:
+            connection.counters.expired += 1
+            return None
+        consumer = self._consumer
+        plan = consumer._event_plans.get(item.type)
+        if plan is None:
+            self._deliver_unhandled(item)
+            return None
+        if plan.is_plain:
+            return plan.function(consumer, item.decode())  # what most handlers are, without a detour
+        return plan.begin_event(consumer, item, self._session.handshake)
+
+    def failed(self, item: Envelope, error: Exception) -> None:
+        if isinstance(error, LaneFull):
+            self._connection.counters.inbox_dropped += 1
+            return
+        self._connection.counters.failed += 1
+        name = type(self._consumer).__qualname__
+        logger.error("%s failed on the event %r", name, item.type, exc_info=error)
+
+    def _deliver_unhandled(self, envelope: Envelope) -> None:
+        if self._consumer._forwards(envelope.type):
+            self._session.forward(envelope)
+        elif envelope.type == "websocket.send":
+            self._send(envelope.decode())
+        elif envelope.type == "websocket.close":
+            event = envelope.decode()
+            self._connection.close_soon(checked_close_code(event.get("code", 1000)), str(event.get("reason") or ""))
+        else:
+            self._connection.counters.unhandled += 1
+            self._consumer._complain_unhandled(envelope.type)
+
+    def _send(self, event: Mapping[str, Any]) -> None:
+        text, data = event.get("text"), event.get("bytes")
+        if isinstance(text, str) and data is None:
+            self._connection.write({"type": "websocket.send", "text": text}, len(text.encode()))
+        elif isinstance(data, bytes) and text is None:
+            self._connection.write({"type": "websocket.send", "bytes": data}, len(data))
+        else:
+            raise InvalidMessage("websocket.send has either a text (str) or bytes")
 
 
 def checked_close_code(code: Any) -> int:

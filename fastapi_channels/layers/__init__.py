@@ -9,12 +9,13 @@ from fastapi_channels.exceptions import (
     LayerError,
     LayerUnavailable,
 )
-from fastapi_channels.layers.base import ChannelLayer, Direct, Receipt, Sink, SyncChannelLayer
+from fastapi_channels.layers.base import ChannelLayer, Receipt, SyncChannelLayer
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import make_layer
 from fastapi_channels.layers.memory import MemoryLayer
 from fastapi_channels.layers.names import safe_name
+from fastapi_channels.layers.sink import Direct, Sink
 
 __all__ = [
     "ChannelFull",

@@ -11,19 +11,20 @@ import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, KeysView, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, KeysView
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
-from fastapi_channels._tasks import rest_of, run_blocking
+from fastapi_channels._tasks import Crew, Lane, rest_of, run_blocking
 from fastapi_channels.exceptions import ChannelFull, InvalidGroupName, LayerUnavailable
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.inbox import Inbox
 from fastapi_channels.layers.names import checked_name
+from fastapi_channels.layers.sink import Sink
 
-__all__ = ["ChannelLayer", "Receipt", "Sink", "SyncChannelLayer"]
+__all__ = ["ChannelLayer", "Receipt", "SyncChannelLayer"]
 
 logger = logging.getLogger("fastapi_channels")
 
@@ -32,35 +33,8 @@ Result = TypeVar("Result")
 #: Abandoned inboxes are looked for when there are this many of them, and again when there are twice as many.
 SWEEP = 64
 
-#: An async function that takes the ASGI event of a frame, and may be begun by hand.
-Direct = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
-
 #: Told of each `group_send` before it is carried out: the group, the envelope, the channels left out.
 Observer = Callable[[str, Envelope, Collection[str]], None]
-
-
-class Sink(Protocol):
-    """What a channel's messages are handed to: a consumer's session, or an inbox.
-
-    Attributes:
-        direct: Sends the frame of a message on at once, while nothing waits before it; None where or while it can't.
-        forwards: By the type of a message, whether `direct` is the way for it; what is missing goes to `deliver`.
-    """
-
-    direct: Direct | None
-    forwards: Mapping[str, bool]
-
-    def deliver(self, envelope: Envelope) -> bool:
-        """Take a message at once, without waiting. False means that there is no room: it was not taken."""
-        ...
-
-    def left_behind(self, rest: Awaitable[None]) -> None:
-        """See to the rest of a `direct` call that waits: somebody has to await it."""
-        ...
-
-    def lost(self, error: Exception) -> None:
-        """Take note that a `direct` call has failed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +88,7 @@ class ChannelLayer(ABC):
         self._attached: dict[str, _Attached] = {}
         self._groups: dict[str, dict[str, Sink]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._crew: Crew | None = None
 
     # Opening and closing
 
@@ -126,6 +101,7 @@ class ChannelLayer(ABC):
         """Make it ready on the running event loop; does nothing if it is."""
         if not self.is_open:
             self._loop = asyncio.get_running_loop()
+            self._crew = Crew(self._loop)
 
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
@@ -141,6 +117,17 @@ class ChannelLayer(ABC):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def crew(self) -> Crew:
+        """Who handles the messages and frames of this layer's consumers.
+
+        Raises:
+            LayerUnavailable: The layer is not open.
+        """
+        if self._crew is None:
+            raise LayerUnavailable("the channel layer is not open")
+        return self._crew
 
     @property
     def sync(self) -> SyncChannelLayer:
@@ -324,7 +311,8 @@ class ChannelLayer(ABC):
         """Hand an envelope to every member in this process, without waiting for any.
 
         One coroutine awaits the members' `direct` one after another, and is stepped by hand here. Where one waits, the
-        coroutine stays behind as the rest of that call, and another goes on with the members after it.
+        coroutine stays behind as the rest of that call, and another goes on with the members after it. Those that
+        handle the message in a lane get it from the crew, all at once.
         """
         members = self._groups.get(group)
         if not members:
@@ -334,25 +322,36 @@ class ChannelLayer(ABC):
         else:
             sinks = iter(list(members.values()))
         at: list[Any] = [None]
+        lanes: list[Lane[Envelope]] = []
         while True:
-            handing_out = self._hand_out(sinks, envelope, at)
+            handing_out = self._hand_out(sinks, envelope, at, lanes)
             try:
                 waits_for = handing_out.send(None)
             except StopIteration:
-                return
+                break
             at[0].left_behind(rest_of(handing_out, waits_for))
+        if lanes:
+            self.crew.dispatch(envelope, lanes)
 
-    async def _hand_out(self, sinks: Iterator[Sink], envelope: Envelope, at: list[Any]) -> None:
-        """Hand an envelope to the sinks; in `at` is the one whose `direct` is under way."""
+    async def _hand_out(
+        self, sinks: Iterator[Sink], envelope: Envelope, at: list[Any], lanes: list[Lane[Envelope]]
+    ) -> None:
+        """Hand an envelope to the sinks, or add their lanes to `lanes`; in `at` is whose `direct` is under way."""
         kind, frame = envelope.type, envelope.frame
+        is_busy = self.crew.is_busy
         for sink in sinks:
-            direct = sink.direct
-            if direct is not None and sink.forwards.get(kind):
-                at[0] = sink
-                try:
-                    await direct(frame)
-                except Exception as error:
-                    sink.lost(error)
+            lane = sink.lane
+            if lane is None or not (is_busy or lane.is_active):  # nothing that came before it is still to be handled
+                direct = sink.direct
+                if direct is not None and sink.forwards.get(kind):
+                    at[0] = sink
+                    try:
+                        await direct(frame)
+                    except Exception as error:
+                        sink.lost(error)
+                    continue
+            if lane is not None and lane.context is not None:
+                lanes.append(lane)
             elif not sink.deliver(envelope):
                 self.counters.inbox_dropped += 1
 

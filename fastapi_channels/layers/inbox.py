@@ -5,25 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
 
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope
+from fastapi_channels.layers.sink import Sink
 
 __all__ = ["Inbox"]
 
 
-class Inbox:
+class Inbox(Sink):
     """A sink that keeps messages until somebody receives them.
 
     Args:
         capacity: How many messages it holds.
         counters: Where a message is counted that nobody received in time.
     """
-
-    direct: Callable[[dict[str, Any]], Coroutine[Any, Any, None]] | None = None
-    forwards: Mapping[str, bool] = {}
 
     def __init__(self, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
@@ -63,12 +59,6 @@ class Inbox:
                     with contextlib.suppress(ValueError):
                         self._readers.remove(reader)
                 raise
-
-    def left_behind(self, rest: Awaitable[None]) -> None:
-        """Never called: an inbox has no `direct`."""
-
-    def lost(self, error: Exception) -> None:
-        """Never called: an inbox has no `direct`."""
 
     def _wake_a_reader(self) -> None:
         while self._readers:

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fastapi_channels.testing.client import ConnectionClosed, RefusedResponse, WebSocketSession, connect
 
-__all__ = ["ConnectionClosed", "RefusedResponse", "WebSocketSession", "connect"]
+if TYPE_CHECKING:
+    from fastapi_channels.testing.contract import LayerContract
+
+__all__ = ["ConnectionClosed", "LayerContract", "RefusedResponse", "WebSocketSession", "connect"]
+
+
+def __getattr__(name: str) -> Any:
+    # The contract is made of pytest's fixtures; `connect` is of use without pytest.
+    if name == "LayerContract":
+        from fastapi_channels.testing.contract import LayerContract
+
+        return LayerContract
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
-from weakref import WeakKeyDictionary
+from urllib.parse import quote, unquote
 
 from fastapi_channels.exceptions import ChannelsError
+from fastapi_channels.testing.lifespan import running
 
 __all__ = ["ConnectionClosed", "RefusedResponse", "WebSocketSession", "connect"]
 
 #: How many seconds the application has to end when the client has left.
 END_TIMEOUT = 15.0
 
+#: RFC 6455 5.5: a control frame has 125 bytes, of which the code takes two.
+MAX_REASON = 123
+
+#: Stays as it is in a path; everything else that is not ASCII letters and digits is percent-encoded.
+_SAFE_IN_PATH = "/%:@!$&'()*+,;=-._~"
+_SAFE_IN_QUERY = _SAFE_IN_PATH + "?"
+
 
 class ConnectionClosed(ChannelsError):
-    """The connection is closed, so there is nothing to receive.
+    """The connection is closed, so nothing can be sent and there is nothing to receive.
 
     Attributes:
         code: The close code.
@@ -55,11 +64,14 @@ class RefusedResponse:
 class WebSocketSession:
     """A client's side of one connection; `connect` makes it.
 
+    What leaves the application as an exception is raised by what the test does next on the session, and at the latest
+    when the block of `connect` is left.
+
     Attributes:
         accepted: Whether the handshake was answered with yes.
         subprotocol: The one that the application chose, or None.
         headers: Those that the application sent with its yes, by lower-case name.
-        response: The refusal, or None.
+        response: The refusal, or None. An application that ends without an answer refuses with 500, as under a server.
         close_code: How the connection ended, or None while it is open.
         close_reason: Likewise.
     """
@@ -74,22 +86,28 @@ class WebSocketSession:
         self._app = app
         self._scope = scope
         self._to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._answered = asyncio.Event()
+        self._frames: deque[Mapping[str, Any]] = deque()
+        self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+        self._was_raised = False
 
     # The client's side
 
     async def send_text(self, text: str) -> None:
-        """Send a text frame."""
-        await self._send({"type": "websocket.receive", "text": text})
+        """Send a text frame.
+
+        Raises:
+            ConnectionClosed: The connection is closed.
+        """
+        self._send({"type": "websocket.receive", "text": text})
 
     async def send_bytes(self, data: bytes) -> None:
-        """Send a binary frame."""
-        await self._send({"type": "websocket.receive", "bytes": data})
+        """Send a binary frame; otherwise like `send_text`."""
+        self._send({"type": "websocket.receive", "bytes": data})
 
     async def send_json(self, content: Any) -> None:
-        """Send a text frame with `content` as JSON."""
+        """Send a text frame with `content` as JSON; otherwise like `send_text`."""
         await self.send_text(json.dumps(content))
 
     async def receive_text(self, timeout: float = 1.0) -> str:
@@ -101,123 +119,164 @@ class WebSocketSession:
         Raises:
             TimeoutError: There was none in time.
             ConnectionClosed: There will be none.
+            AssertionError: It is binary.
         """
         frame = await self._receive(timeout)
-        text = frame.get("text")
-        assert text is not None, f"a text frame was expected, not {frame!r}"
-        return str(text)
+        if frame.get("text") is None:
+            raise AssertionError(f"a text frame was expected, not {frame!r}")
+        return str(frame["text"])
 
     async def receive_bytes(self, timeout: float = 1.0) -> bytes:
         """The next frame, which is binary; otherwise like `receive_text`."""
         frame = await self._receive(timeout)
-        data = frame.get("bytes")
-        assert data is not None, f"a binary frame was expected, not {frame!r}"
-        return bytes(data)
+        if frame.get("bytes") is None:
+            raise AssertionError(f"a binary frame was expected, not {frame!r}")
+        return bytes(frame["bytes"])
 
     async def receive_json(self, timeout: float = 1.0) -> Any:
-        """The next frame, as JSON; otherwise like `receive_text`."""
+        """What the next frame, of text or bytes, holds as JSON; otherwise like `receive_text`."""
         frame = await self._receive(timeout)
         return json.loads(frame["bytes"] if frame.get("text") is None else frame["text"])
 
     async def receive_nothing(self, timeout: float = 0.1) -> bool:
-        """Whether no frame comes within `timeout` seconds; one that comes stays to be received."""
-        try:
-            frame = await self._receive(timeout)
-        except (TimeoutError, ConnectionClosed):
-            return True
-        queued = [frame]
-        while not self._to_client.empty():
-            queued.append(self._to_client.get_nowait())
-        for message in queued:
-            self._to_client.put_nowait(message)
-        return False
+        """Whether no frame comes within `timeout` seconds; one that comes stays to be received.
+
+        A frame that comes later goes unseen. Where the order of frames is known, it is surer, and quicker, to send
+        something that is answered and to see that the answer is the next frame.
+        """
+        is_there = await self._frame_comes(timeout)
+        if not is_there:
+            self._raise_failure()
+        return not is_there
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close the connection with a close frame, and wait until the application is through with it."""
+        """Close the connection with a close frame, and wait until the application is through with it.
+
+        Does nothing on one that is closed but wait.
+
+        Raises:
+            TimeoutError: The application had not ended after 15 s; it was cancelled.
+        """
         await self._leave({"type": "websocket.disconnect", "code": code, "reason": reason})
 
     async def vanish(self) -> None:
-        """Be gone without a close frame, as by a lost network, and wait until the application is through with it."""
+        """Be gone without a close frame, as by a lost network; otherwise like `close`."""
         await self._leave({"type": "websocket.disconnect", "code": 1005})
 
     async def closed(self, timeout: float = 1.0) -> tuple[int, str]:
-        """Wait until the application has closed the connection, and return the code and the reason.
+        """Wait until the application is through with the connection, and return the close code and the reason.
+
+        Args:
+            timeout: How many seconds to wait; passing cancels nothing of the application.
 
         Raises:
-            TimeoutError: It has not in time.
+            TimeoutError: It was not in time.
         """
         assert self._task is not None
         await asyncio.wait({self._task}, timeout=timeout)
         self._raise_failure()
-        if self.close_code is None:
+        if self.close_code is None or not self._task.done():
             raise TimeoutError("the application has not closed the connection")
         return self.close_code, self.close_reason or ""
 
     # The application's side
 
     async def _send_to_client(self, message: Any) -> None:
+        """The `send` of the ASGI connection scope, as strict as a server's."""
         kind = message["type"]
-        if self.close_code is not None or self.response is not None and kind != "websocket.http.response.body":
-            raise OSError("the connection is closed")
+        if self.close_code is not None:
+            raise OSError(f"{kind} after the connection was closed")
+        if self.response is not None:
+            expected = ["websocket.http.response.body"]
+        elif self.accepted:
+            expected = ["websocket.send", "websocket.close"]
+        else:
+            expected = ["websocket.accept", "websocket.close", "websocket.http.response.start"]
+        if kind not in expected:
+            raise RuntimeError(f"the application sent {kind!r}, where {' or '.join(expected)} is due")
         if kind == "websocket.accept":
             self.accepted = True
             self.subprotocol = message.get("subprotocol")
             self.headers = _decoded(message.get("headers", ()))
-            self._answered.set()
         elif kind == "websocket.send":
-            self._to_client.put_nowait(message)
+            self._frames.append(message)
         elif kind == "websocket.close":
-            self._closed(message.get("code", 1000), message.get("reason") or "")
+            code, reason = message.get("code", 1000), message.get("reason") or ""
+            if len(reason.encode()) > MAX_REASON:
+                raise ValueError(f"a close reason has at most {MAX_REASON} bytes, not {len(reason.encode())}")
             if not self.accepted:
                 self.response = RefusedResponse(403)
-            self._to_app.put_nowait({"type": "websocket.disconnect", "code": self.close_code, "reason": self.close_reason})
+            self._to_app.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+            self._close(code, reason)
         elif kind == "websocket.http.response.start":
             self.response = RefusedResponse(message["status"], _decoded(message.get("headers", ())))
-        elif kind == "websocket.http.response.body":
+        else:
             assert self.response is not None
             content = self.response.content + message.get("body", b"")
             self.response = RefusedResponse(self.response.status_code, self.response.headers, content)
             if not message.get("more_body", False):
-                self._closed(1006, "")
                 self._to_app.put_nowait({"type": "websocket.disconnect", "code": 1006})
-        else:
-            raise RuntimeError(f"not an ASGI event of a WebSocket: {kind!r}")
-
-    def _closed(self, code: int, reason: str) -> None:
-        if self.close_code is None:
-            self.close_code, self.close_reason = code, reason
-        self._answered.set()
-        self._to_client.put_nowait({"type": "closed"})
+                self._close(1006, "")
+        self._news.set()
 
     async def _run(self) -> None:
         try:
             await self._app(self._scope, self._to_app.get, self._send_to_client)
+        except Exception as error:
+            self._failure = error
         finally:
-            self._closed(1006, "")  # an application that ends without a word
+            if not self.accepted and self.response is None:
+                self.response = RefusedResponse(500)
+            self._close(1006, "")  # an application that ends without a word
 
     # Both
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    def _close(self, code: int, reason: str) -> None:
+        if self.close_code is None:
+            self.close_code, self.close_reason = code, reason
+        self._news.set()
+
+    def _send(self, message: dict[str, Any]) -> None:
         if self.close_code is not None:
-            self._raise_failure()
-            raise ConnectionClosed(self.close_code, self.close_reason or "")
+            raise self._end()
         self._to_app.put_nowait(message)
 
-    async def _receive(self, timeout: float) -> dict[str, Any]:
-        if self.close_code is not None and self._to_client.empty():
-            raise ConnectionClosed(self.close_code, self.close_reason or "")
-        async with asyncio.timeout(timeout):
-            message = await self._to_client.get()
-        if message["type"] == "closed":
-            self._raise_failure()
-            raise ConnectionClosed(self.close_code or 1006, self.close_reason or "")
-        return message
+    async def _receive(self, timeout: float) -> Mapping[str, Any]:
+        if await self._frame_comes(timeout):
+            return self._frames.popleft()
+        if self.close_code is None:
+            raise TimeoutError(f"no frame came within {timeout:g} s")
+        raise self._end()
+
+    async def _frame_comes(self, timeout: float) -> bool:
+        """Wait until there is a frame, or can be none any more."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._frames and self.close_code is None:
+                    self._news.clear()
+                    await self._news.wait()
+                if not self._frames and self._task is not None:
+                    await asyncio.wait({self._task})  # it may have closed because it is about to fail
+        except TimeoutError:
+            pass
+        return bool(self._frames)
+
+    def _end(self) -> Exception:
+        """Why nothing can be sent or received any more."""
+        if self._failure is not None:
+            self._was_raised = True
+            return self._failure
+        return ConnectionClosed(self.close_code or 1006, self.close_reason or "")
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None and not self._was_raised:
+            raise self._end()
 
     async def _leave(self, message: dict[str, Any]) -> None:
         assert self._task is not None
         if self.close_code is None:
-            self.close_code, self.close_reason = message["code"], message.get("reason", "")
             self._to_app.put_nowait(message)
+            self._close(message["code"], message.get("reason", ""))
         _, pending = await asyncio.wait({self._task}, timeout=END_TIMEOUT)
         if pending:
             self._task.cancel()
@@ -225,43 +284,32 @@ class WebSocketSession:
             raise TimeoutError(f"the application did not end within {END_TIMEOUT:g} s after the client had left")
         self._raise_failure()
 
-    def _raise_failure(self) -> None:
-        task = self._task
-        if task is not None and task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            self._task = _finished()
-            raise error
-
     async def __aenter__(self) -> Self:
         self._to_app.put_nowait({"type": "websocket.connect"})
         self._task = asyncio.create_task(self._run())
-        answered = asyncio.ensure_future(self._answered.wait())
         try:
-            await asyncio.wait({answered, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            answered.cancel()
+            while not self.accepted and self.close_code is None:
+                self._news.clear()
+                await self._news.wait()
+        except asyncio.CancelledError:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            raise
         return self
 
-    async def __aexit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             await self.close()
         except Exception:
-            if exc is None:
+            # The failure of the application is why the test failed, or else the test's own is what counts.
+            if exc is None or (isinstance(exc, Exception) and self._failure is not None):
                 raise
 
 
 def _decoded(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
-
-
-def _finished() -> asyncio.Task[None]:
-    """A task that has nothing more to say."""
-
-    async def nothing() -> None: ...
-
-    return asyncio.create_task(nothing())
-
-
-_lifespans: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
 @asynccontextmanager
@@ -275,20 +323,27 @@ async def connect(
 ) -> AsyncIterator[WebSocketSession]:
     """Open a connection to an application, with no server and no thread between.
 
-    Runs the application's lifespan unless it is running; connections inside of each other share one. A refused
-    handshake doesn't raise: see `response`. What leaves the application as an exception is raised here.
+    Runs the application's lifespan unless it is running; connections inside of each other share one. Waits until the
+    handshake is answered; a refused one doesn't raise: see `WebSocketSession.response`. Leaving the block closes the
+    connection, and waits until the application is through with it.
 
     Args:
         app: An ASGI application.
         path: The path, with a query if there is one.
         headers: The client's headers.
         subprotocols: Those that it offers.
-        client: Its address.
+        client: Its address, a host and a port.
+
+    Raises:
+        Exception: What left the application, here or by what is done with the session.
+        RuntimeError: The `testing` extra is not installed.
     """
-    url = urlsplit(path)
+    path, _, query = path.partition("?")
+    raw_path = quote(path, safe=_SAFE_IN_PATH)
     subprotocols = list(subprotocols)
-    raw = [(b"host", b"testserver")]
-    raw += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
+    if not any(name == b"host" for name, _ in raw):
+        raw.insert(0, (b"host", b"testserver"))
     if subprotocols:
         raw.append((b"sec-websocket-protocol", ", ".join(subprotocols).encode("latin-1")))
     scope: dict[str, Any] = {
@@ -299,43 +354,12 @@ async def connect(
         "server": ("testserver", 80),
         "client": client,
         "root_path": "",
-        "path": unquote(url.path),
-        "raw_path": url.path.encode("ascii"),
-        "query_string": url.query.encode("ascii"),
+        "path": unquote(raw_path),
+        "raw_path": raw_path.encode("ascii"),
+        "query_string": quote(query, safe=_SAFE_IN_QUERY).encode("ascii"),
         "headers": raw,
         "subprotocols": subprotocols,
         "extensions": {"websocket.http.response": {}},
     }
-    async with _lifespan(app) as state:
-        scope["state"] = dict(state)
-        async with WebSocketSession(app, scope) as session:
-            yield session
-
-
-@asynccontextmanager
-async def _lifespan(app: Any) -> AsyncIterator[Mapping[str, Any]]:
-    """Run the application's lifespan, or join in where it is running."""
-    running = _lifespans.get(app)
-    if running is not None:
-        running[0] += 1
-        try:
-            yield running[1]
-        finally:
-            running[0] -= 1
-        return
-    channels = getattr(getattr(app, "state", None), "channels", None)
-    if channels is not None and channels.is_open:
-        yield {}  # somebody else runs it
-        return
-    try:
-        from asgi_lifespan import LifespanManager
-    except ImportError as error:
-        raise RuntimeError("fastapi_channels.testing needs: pip install 'fastapi-channels[testing]'") from error
-    async with AsyncExitStack() as stack:
-        manager = await stack.enter_async_context(LifespanManager(app, startup_timeout=30, shutdown_timeout=30))
-        state: Mapping[str, Any] = getattr(manager, "_state", {})
-        _lifespans[app] = [1, state]
-        try:
-            yield state
-        finally:
-            del _lifespans[app]
+    async with running(app) as started, WebSocketSession(started, scope) as session:
+        yield session
