@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextM
     own = app.router.lifespan_context
 
     @asynccontextmanager
-    async def merged(app: Any) -> Any:
+    async def merged(app: Any) -> AsyncIterator[Any]:
         async with lifespan(app), own(app) as state:
             yield state
 
@@ -46,7 +46,7 @@ def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextM
 
 
 def websocket_endpoints(app: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The path, the endpoint and the innermost application of every WebSocket route, with included routers and mounts."""
+    """Path, endpoint and innermost application of every WebSocket route, with included routers and mounts."""
     for route, path, endpoint in _flattened(app.routes):
         if isinstance(route, Mount):
             inner = route.app if hasattr(route.app, "state") else app
@@ -82,7 +82,7 @@ def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine: an `async def`, or an object with an async `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def on_exit(websocket: WebSocket, callback: Callable[..., Awaitable[bool]]) -> None:

@@ -1,14 +1,14 @@
 """Where tasks are started: the crew that runs short jobs, and the lanes that keep the jobs of a connection in order.
 
-An asyncio task for each frame or event costs more than most handlers do. A `Crew` therefore works off many lanes in one
-task, one after another, and still gives each the guarantees of a task of its own:
+An asyncio task for each frame or event costs more than most handlers do. A `Crew` therefore works off many lanes in
+one task, one after another, and still gives each the guarantees of a task of its own:
 
-- A handler that waits holds up nobody. Right after a worker's first step, `_relieve` looks whether it got through; if it
-  did not, the worker stays with the lane that waits and another one goes on with the queue.
+- A handler that waits holds up nobody. Right after a worker's first step, `_relieve` looks whether it got through; if
+  it did not, the worker stays with the lane that waits and another one goes on with the queue.
 - `asyncio.current_task()` is the same from a handler's first line to its last, so timeouts, task groups and cancel
   scopes work in it, and cancelling that task while the handler waits reaches that handler alone.
-- A handler runs in a copy of its own connection's context. Lanes share a worker only while their contexts are equal, and
-  a worker whose context was changed by a handler takes no other lane after it.
+- A handler runs in a copy of its own connection's context. Lanes share a worker only while their contexts are equal,
+  and a worker whose context was changed by a handler takes no other lane after it.
 - Order: the queue is one, and a lane that is busy keeps what comes. So what is dispatched first is handled first, in
   every lane.
 """
@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextvars import Context, copy_context
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import anyio.to_thread
 
@@ -342,7 +342,7 @@ def _step() -> Generator[Any, Any, None]:
 
 
 def _new_stepper() -> Generator[Any, Any, None]:
-    stepper: Generator[Any, Any, None] = _step()
+    stepper = cast(Generator[Any, Any, None], _step())
     next(stepper)
     return stepper
 

@@ -115,7 +115,9 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
             return Answer(422, 4500, InvalidData.code, str(error))
         case LayerUnavailable():
             detail = "the service is not available now"
-            return Answer(503, 1013, "unavailable", detail, {"retry_after": RETRY_AFTER}, {"Retry-After": f"{RETRY_AFTER}"})
+            return Answer(
+                503, 1013, "unavailable", detail, {"retry_after": RETRY_AFTER}, {"Retry-After": f"{RETRY_AFTER}"}
+            )
         case _:
             detail = f"{type(error).__name__}: {error}" if debug else _INTERNAL
             return Answer(500, 1011, "internal_error", detail, is_expected=False)
@@ -147,7 +149,7 @@ async def ask_application(websocket: WebSocket, error: Exception) -> Answer:
 
 def _detail(response: Response) -> Any:
     try:
-        body = from_json(response.body)
+        body = from_json(bytes(response.body))
     except ValueError:
         return bytes(response.body).decode("utf-8", "replace")
     return body.get("detail", body) if isinstance(body, dict) else body

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketState
+from typing_extensions import override
 
 from fastapi_channels import _fastapi
 from fastapi_channels._tasks import Crew, Lane
@@ -102,20 +103,20 @@ class Connection(Sink):
         "_ended",
         "_interrupted",
         "_outbox",
+        "_receive",
         "_room",
         "_send",
         "_serving",
-        "_receive",
         "_writer",
         "close_code",
         "close_reason",
         "closed_here",
         "context",
+        "counters",
+        "crew",
         "direct",
         "forwards",
         "lane",
-        "counters",
-        "crew",
         "limits",
         "state",
         "taker",
@@ -245,6 +246,7 @@ class Connection(Sink):
 
     # The way out
 
+    @override
     def deliver(self, envelope: Envelope) -> bool:
         return self.taker(envelope)
 
@@ -280,7 +282,7 @@ class Connection(Sink):
         if self.state is not State.OPEN:
             return False
         if self.is_full and not self._overflow():
-            return self.state is not State.CLOSING
+            return not self.closed_here
         self._keep(frame, size, key)
         if self._writer is None:
             self.left_behind()
@@ -337,6 +339,7 @@ class Connection(Sink):
         if self.state is State.OPEN and _fastapi.can_be_stepped(self._send):
             self.direct = cast(Direct, self._send)
 
+    @override
     def left_behind(self, rest: Awaitable[None] | None = None) -> None:
         """Start the writer, with the rest of a `send` that waits for the socket."""
         self.direct = None
@@ -345,7 +348,9 @@ class Connection(Sink):
     async def _write_off(self, first: Awaitable[None] | None) -> None:
         """Write what waits until the outbox is empty."""
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT if self.state is State.CLOSING else WRITE_TIMEOUT) as self._deadline:
+            async with asyncio.timeout(
+                CLOSE_TIMEOUT if self.state is State.CLOSING else WRITE_TIMEOUT
+            ) as self._deadline:
                 if first is not None:
                     await first
                 while self._outbox:
@@ -417,6 +422,7 @@ class Connection(Sink):
         if self._room is not None and not self._room.done() and not self.is_full:
             self._room.set_result(None)
 
+    @override
     def lost(self, error: Exception) -> None:
         """The server would not take a frame: the client is gone, whatever the server calls it."""
         logger.debug("a frame could not be sent", exc_info=error)

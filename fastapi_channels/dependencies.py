@@ -291,9 +291,7 @@ def _node(depends: params.Depends, annotation: Any, scopes: tuple[str, ...], ove
             "answered when a handler is called"
         )
     key = (call, scopes if security or dependencies else ())
-    return _Node(
-        call, dependencies, websocket, security, wants_handshake, bool(depends.use_cache), key, _kind(call)
-    )
+    return _Node(call, dependencies, websocket, security, wants_handshake, bool(depends.use_cache), key, _kind(call))
 
 
 def handshake_parameters(call: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -302,13 +300,14 @@ def handshake_parameters(call: Callable[..., Any]) -> Callable[..., dict[str, An
     def asked(**values: Any) -> dict[str, Any]:
         return values
 
-    asked.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    parameters = [
         parameter.replace(kind=parameter.KEYWORD_ONLY)
         for parameter in signature_of(call).parameters.values()
         if depends_of(parameter) is None
         and not is_websocket(parameter)
         and _bare(parameter.annotation) is not SecurityScopes
-    )
+    ]
+    asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return asked
 
 
@@ -376,5 +375,3 @@ def _invalid(error: ValidationError) -> InvalidData:
 
 def _name(function: Any) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
-
-

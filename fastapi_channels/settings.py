@@ -12,7 +12,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -40,10 +40,30 @@ RejectMode = Literal["http", "close"]
 
 # Settings of the design that this version can't keep. Taking them in silence would be worse than not having them.
 _NOT_YET = frozenset(
-    "GROUPS PERMISSION_CLASSES THROTTLE_CLASSES THROTTLE_RATES AUTHENTICATION_CLASSES ALLOWED_ORIGINS TRUSTED_PROXIES "
-    "LIMITER_URL THROTTLE_ON_ERROR MAX_VIOLATIONS MAX_CONNECTIONS MAX_CONNECTIONS_PER_USER MAX_CONNECTIONS_PER_ADDRESS "
-    "MAX_FRAMES_PER_SECOND MAX_BYTES_PER_SECOND FIRST_FRAME_TIMEOUT IDLE_TIMEOUT LAYER_GRACE QUERY_TOKEN_KEY "
-    "COOKIE_TOKEN_KEY ASYNCAPI_URL CONSOLE_URL".split()
+    {
+        "ALLOWED_ORIGINS",
+        "ASYNCAPI_URL",
+        "AUTHENTICATION_CLASSES",
+        "CONSOLE_URL",
+        "COOKIE_TOKEN_KEY",
+        "FIRST_FRAME_TIMEOUT",
+        "GROUPS",
+        "IDLE_TIMEOUT",
+        "LAYER_GRACE",
+        "LIMITER_URL",
+        "MAX_BYTES_PER_SECOND",
+        "MAX_CONNECTIONS",
+        "MAX_CONNECTIONS_PER_ADDRESS",
+        "MAX_CONNECTIONS_PER_USER",
+        "MAX_FRAMES_PER_SECOND",
+        "MAX_VIOLATIONS",
+        "PERMISSION_CLASSES",
+        "QUERY_TOKEN_KEY",
+        "THROTTLE_CLASSES",
+        "THROTTLE_ON_ERROR",
+        "THROTTLE_RATES",
+        "TRUSTED_PROXIES",
+    }
 )
 
 
@@ -121,7 +141,7 @@ class ChannelsSettings(BaseSettings):
 
         Sources.__name__ = Sources.__qualname__ = cls.__name__
         try:
-            settings: Self = Sources(**given)
+            settings = cast(Self, Sources(**given))
         except ValidationError as error:
             raise SettingsError(_told(error, origins)) from None
         except SourceError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from starlette.concurrency import iterate_in_threadpool
+from typing_extensions import override
 
 from fastapi_channels._tasks import not_cancelled
 from fastapi_channels.consumers.base import API
@@ -100,15 +101,15 @@ class ActionConsumer(JsonConsumer):
                 raise DefinitionError(f"{cls.__name__}: {other} and {attribute} are both the action {name!r}")
             summary = mark.summary if mark.summary is not None else (inspect.getdoc(function) or "").partition("\n")[0]
             plan = Plan(function, cls)
-            actions[name] = Action(
-                name, plan, mark.concurrency, mark.timeout, mark.deprecated, summary, mark.tags
-            )
+            actions[name] = Action(name, plan, mark.concurrency, mark.timeout, mark.deprecated, summary, mark.tags)
         cls.actions = actions
 
     @classmethod
+    @override
     def _plans(cls) -> list[Plan]:
         return [*super()._plans(), *(action.plan for action in cls.actions.values())]
 
+    @override
     def _parse_frame(self, frame: str | bytes) -> Any:
         content = super()._parse_frame(frame)
         if not isinstance(content, dict):
@@ -116,7 +117,9 @@ class ActionConsumer(JsonConsumer):
         name = content.pop("action", None)
         request_id = content.pop("request_id", _ABSENT)
         data = content.get("data", content or _ABSENT)
-        if request_id is not _ABSENT and (isinstance(request_id, bool) or not isinstance(request_id, str | int | float)):
+        if request_id is not _ABSENT and (
+            isinstance(request_id, bool) or not isinstance(request_id, str | int | float)
+        ):
             raise InvalidFrame("a request_id is a string or a number")
         request = _Request(name if isinstance(name, str) else None, request_id, data)
         if not isinstance(name, str):
@@ -138,13 +141,14 @@ class ActionConsumer(JsonConsumer):
         if request is not None:
             request.cancel()
 
+    @override
     def _handle_frame(self, parsed: _Request) -> Awaitable[None]:
         if parsed.action is None or parsed.action.concurrency == 1:
             return self._answer(parsed)
         return self._answer_beside(parsed, parsed.action)
 
     async def _answer_beside(self, request: _Request, action: Action) -> None:
-        """Carry out a request while others of the connection go on, once there is room for it among those of its kind."""
+        """Carry out a request while others of the connection go on, once there is room among those of its kind."""
         if self._at_once is None:
             self._at_once = {}
         running = self._at_once.setdefault(action.name, set())
@@ -170,7 +174,8 @@ class ActionConsumer(JsonConsumer):
             except asyncio.CancelledError as error:
                 if not request.is_cancelled or task.uncancel() > 0:
                     raise not_cancelled(error, task) from error
-                result = _cancelled(request)
+                _check_cancelled(request)
+                result = None
             finally:
                 request.task = None
                 if has_id and self._calls is not None and self._calls.get(request_id) is request:
@@ -195,11 +200,13 @@ class ActionConsumer(JsonConsumer):
         action = request.action
         assert action is not None
         if request.is_cancelled:
-            return _cancelled(request)
+            _check_cancelled(request)
+            return None
         if action.timeout is None:
             return await self._run(action, request, request_id)
+        timeout = asyncio.timeout(action.timeout)
         try:
-            async with asyncio.timeout(action.timeout) as timeout:
+            async with timeout:
                 return await self._run(action, request, request_id)
         except TimeoutError as error:
             if not timeout.expired():
@@ -224,7 +231,7 @@ class ActionConsumer(JsonConsumer):
         return None
 
 
-async def _async_items(generator: Any) -> AsyncIterator[Any]:
+async def _async_items(generator: Any) -> AsyncGenerator[Any, None]:
     """The items of an action's generator; a plain one runs in the thread pool."""
     if inspect.isasyncgen(generator):
         async with aclosing(generator):
@@ -236,13 +243,15 @@ async def _async_items(generator: Any) -> AsyncIterator[Any]:
                 yield item
 
 
-def _cancelled(request: _Request) -> None:
-    """What a cancelled call comes to: a stream is over, anything else has failed."""
+def _check_cancelled(request: _Request) -> None:
+    """A stream that the client has cancelled is over; any other call has failed.
+
+    Raises:
+        ActionCancelled: It was no stream.
+    """
     if request.action is None or not request.action.plan.is_stream:
         raise ActionCancelled("cancelled by the client")
 
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 100 else name[:100] + "..."
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Collection, Hashable, Mapping
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel
 from starlette.authentication import UnauthenticatedUser
@@ -32,9 +32,17 @@ MAX_TYPES = 1000
 
 # Attributes of the design that this version can't keep: a consumer that relies on one must not start without it.
 _NOT_YET = (
-    "authentication_classes permission_classes throttle_classes permission_recheck presence_events presence_id "
-    "max_connections first_frame_timeout idle_timeout allowed_origins"
-).split()
+    "allowed_origins",
+    "authentication_classes",
+    "first_frame_timeout",
+    "idle_timeout",
+    "max_connections",
+    "permission_classes",
+    "permission_recheck",
+    "presence_events",
+    "presence_id",
+    "throttle_classes",
+)
 
 
 class WebSocketConsumer:
@@ -123,32 +131,41 @@ class WebSocketConsumer:
 
     # Hooks
 
-    async def connect(self) -> None:
-        """Called before the handshake is answered; returning accepts it.
+    if TYPE_CHECKING:
+        # Subclasses choose the parameters, and between `async def` and `def`.
+        def connect(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+        def receive(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+        def disconnect(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
-        Its parameters are FastAPI's: path, query, header, cookie, `Depends`; dependencies with `yield` live as long as
-        the connection. It may call `accept()` itself, or `close()` to refuse. Raising `HTTPException`, `ConsumerError`
-        or another exception refuses with a real HTTP response. If the client goes away meanwhile, it is cancelled.
-        """
+    else:
 
-    async def receive(self, data: str | bytes) -> None:
-        """Called with each frame, one at a time, in order.
+        async def connect(self) -> None:
+            """Called before the handshake is answered; returning accepts it.
 
-        What it raises is answered with an error frame, and the connection lives on.
-        """
-        raise InvalidFrame("this connection takes no frames")
+            Its parameters are FastAPI's: path, query, header, cookie, `Depends`; dependencies with `yield` live as long
+            as the connection. It may call `accept()` itself, or `close()` to refuse. Raising `HTTPException`,
+            `ConsumerError` or another exception refuses with a real HTTP response. If the client goes away meanwhile,
+            it is cancelled.
+            """
 
-    async def disconnect(self, code: int, reason: str) -> None:
-        """Called exactly once for every connection whose `connect` was begun, whatever ended it.
+        async def receive(self, data: str | bytes) -> None:
+            """Called with each frame, one at a time, in order.
 
-        The connection is still in its groups, so that the others can be told; its own sends return False. It may take
-        `DRAIN_TIMEOUT` seconds, and may be declared without `reason`.
+            What it raises is answered with an error frame, and the connection lives on.
+            """
+            raise InvalidFrame("this connection takes no frames")
 
-        Args:
-            code: The client's close code; 1006 if it went without one; the own code after `close()`; 1011 after an
-                exception in `connect`; 1012 when the server shuts down.
-            reason: The client's, or the own.
-        """
+        async def disconnect(self, code: int, reason: str) -> None:
+            """Called exactly once for every connection whose `connect` was begun, whatever ended it.
+
+            The connection is still in its groups, so that the others can be told; its own sends return False. It may
+            take `DRAIN_TIMEOUT` seconds, and may be declared without `reason`.
+
+            Args:
+                code: The client's close code; 1006 if it went without one; the own code after `close()`; 1011 after an
+                    exception in `connect`; 1012 when the server shuts down.
+                reason: The client's, or the own.
+            """
 
     # The connection
 
@@ -355,7 +372,9 @@ class WebSocketConsumer:
             return
         self._unhandled.add(type)
         name = type.replace(".", "_")
-        hint = f"; {name}() is there, but not marked with @event" if inspect.isroutine(getattr(self, name, None)) else ""
+        hint = (
+            f"; {name}() is there, but not marked with @event" if inspect.isroutine(getattr(self, name, None)) else ""
+        )
         logger.error("%s has no handler for the event %r%s", self.__class__.__qualname__, type, hint)
 
 

@@ -8,6 +8,7 @@ the other dependencies, the parameters or `connect` raise passes through it, and
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, get_origin
 from weakref import WeakKeyDictionary
@@ -51,7 +52,7 @@ def with_attributes(consumer: type[WebSocketConsumer], attributes: Mapping[str, 
     if not attributes:
         return consumer
     namespace = {"__module__": consumer.__module__, "__qualname__": consumer.__qualname__, **attributes}
-    return type(consumer)(consumer.__name__, (consumer,), namespace)
+    return types.new_class(consumer.__name__, (consumer,), exec_body=lambda body: body.update(namespace))
 
 
 def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str] = frozenset()) -> Callable[..., Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
+from typing_extensions import override
 
 from fastapi_channels.consumers.base import WebSocketConsumer
 from fastapi_channels.dependencies import Plan
@@ -23,21 +24,26 @@ class JsonConsumer(WebSocketConsumer):
     """
 
     @classmethod
+    @override
     def _read_receive(cls) -> None:
         cls._receive_plan = Plan(cls.receive, cls)
         if cls._receive_plan.is_stream:
             raise DefinitionError(f"{cls.__name__}.receive can't be a generator")
 
-    async def receive(self, data: Any) -> None:
-        """Called with the content of each frame, one at a time, in order; see `WebSocketConsumer.receive`."""
-        raise InvalidFrame("this connection takes no frames")
+    if not TYPE_CHECKING:
 
+        async def receive(self, data: Any) -> None:
+            """Called with the content of each frame, one at a time, in order; see `WebSocketConsumer.receive`."""
+            raise InvalidFrame("this connection takes no frames")
+
+    @override
     def _parse_frame(self, frame: str | bytes) -> Any:
         try:
             return from_json(frame, allow_inf_nan=False)
         except ValueError as error:
             raise InvalidFrame(f"the frame is not JSON: {error}") from error
 
+    @override
     def _handle_frame(self, parsed: Any) -> Awaitable[Any]:
         plan = self._receive_plan
         return plan.begin(self, plan.validate(parsed), self._session.handshake)

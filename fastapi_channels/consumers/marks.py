@@ -116,9 +116,7 @@ def _add(method: Any, mark: Any) -> Any:
     return method
 
 
-def marked(
-    cls: type, kind: type[Mark], reserved: frozenset[str]
-) -> Iterator[tuple[str, Callable[..., Any], Mark]]:
+def marked(cls: type, kind: type[Mark], reserved: frozenset[str]) -> Iterator[tuple[str, Callable[..., Any], Mark]]:
     """The attribute, the function and the mark of every method of `cls` that is marked, inherited ones too.
 
     An override has the mark of what it overrides, decorated again or not; None in its place takes it away.

@@ -14,6 +14,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from typing_extensions import override
 
 from fastapi_channels._tasks import Lane, LaneFull, in_thread
 from fastapi_channels.answers import Answer, ask_application
@@ -104,7 +105,7 @@ class Session:
             connection.end(1012)
             raise
         finally:
-            await self._end(has_grace)
+            await self._end(has_grace=has_grace)
 
     async def _open(self, values: Mapping[str, Any]) -> None:
         connection = self.connection
@@ -219,7 +220,7 @@ class Session:
 
     # The end
 
-    async def _end(self, has_grace: bool) -> None:
+    async def _end(self, *, has_grace: bool) -> None:
         """End what runs, call `disconnect`, leave the groups; each whatever became of the one before."""
         own = self.consumer.drain_timeout
         timeout = self.channels.settings.drain_timeout if own is None else own
@@ -302,6 +303,7 @@ class FrameLane(Lane[tuple[Any, int]]):
         largest = self._session.connection.limits.max_frame_size
         return len(self.waiting) >= self.capacity or self.size >= INBOX_FRAMES_OF_MAX_SIZE * largest
 
+    @override
     def begin(self, item: tuple[Any, int]) -> Awaitable[Any] | None:
         frame, size = item
         self.size -= size
@@ -311,6 +313,7 @@ class FrameLane(Lane[tuple[Any, int]]):
             raise frame
         return self._session.consumer._handle_frame(frame)
 
+    @override
     def failed(self, item: tuple[Any, int], error: Exception) -> Awaitable[None]:
         return self._session.answer_error(error)
 
@@ -326,6 +329,7 @@ class EventLane(Lane[Envelope]):
         self._consumer = session.consumer
         self._session = session
 
+    @override
     def begin(self, item: Envelope) -> Awaitable[Any] | None:
         connection = self._connection
         if connection.direct is None and connection.state is not State.OPEN:
@@ -338,10 +342,12 @@ class EventLane(Lane[Envelope]):
         if plan is None:
             self._deliver_unhandled(item)
             return None
-        if plan.is_plain:
-            return plan.function(consumer, item.decode())  # what most handlers are, without a detour
+        if plan.is_plain:  # what most handlers are, without a detour
+            rest: Awaitable[Any] = plan.function(consumer, item.decode())
+            return rest
         return plan.begin_event(consumer, item, self._session.handshake)
 
+    @override
     def failed(self, item: Envelope, error: Exception) -> None:
         if isinstance(error, LaneFull):
             self._connection.counters.inbox_dropped += 1

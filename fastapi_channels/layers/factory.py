@@ -44,7 +44,9 @@ def _from_url(url: str, capacity: int, expiry: float) -> ChannelLayer:
     scheme = urlsplit(url).scheme
     if scheme != "memory":
         # The URL may hold a password: only its scheme is shown.
-        raise SettingsError(f"there is no layer for {scheme or 'a URL without a scheme'}://; this version has memory://")
+        raise SettingsError(
+            f"there is no layer for {scheme or 'a URL without a scheme'}://; this version has memory://"
+        )
     if url != "memory://":
         raise SettingsError(f"memory:// takes nothing behind it, but there is {url.removeprefix('memory://')!r}")
     return MemoryLayer(capacity=capacity, expiry=expiry)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections import deque
 
+from typing_extensions import override
+
 from fastapi_channels.layers.counters import Counters
 from fastapi_channels.layers.envelope import Envelope
 from fastapi_channels.layers.sink import Sink
@@ -33,6 +35,7 @@ class Inbox(Sink):
         self._drop_expired()
         return not self._messages and not self._readers
 
+    @override
     def deliver(self, envelope: Envelope) -> bool:
         """Keep the message if there is room."""
         self._drop_expired()

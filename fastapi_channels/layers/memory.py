@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
+from typing_extensions import override
+
 from fastapi_channels.exceptions import ChannelFull
 from fastapi_channels.layers.base import SWEEP, ChannelLayer, Receipt
 from fastapi_channels.layers.envelope import Envelope
@@ -28,16 +30,19 @@ class MemoryLayer(ChannelLayer):
         self._sweep_queues_at = SWEEP
         self._seen: OrderedDict[tuple[str, str], float] = OrderedDict()
 
+    @override
     async def close(self) -> None:
         await super().close()
         self._queues.clear()
         self._seen.clear()
 
+    @override
     async def flush(self) -> None:
         await super().flush()
         self._queues.clear()
         self._seen.clear()
 
+    @override
     async def _publish(
         self, group: str, envelope: Envelope, exclude: Collection[str], idempotency_key: str | None
     ) -> Receipt:
@@ -55,10 +60,12 @@ class MemoryLayer(ChannelLayer):
         self._seen[group, key] = now + REMEMBERED
         return False
 
+    @override
     async def _enqueue(self, name: str, envelope: Envelope) -> None:
         if not self._queue(name).deliver(envelope):
             raise ChannelFull(name)
 
+    @override
     async def _dequeue(self, name: str) -> Envelope:
         return await self._queue(name).receive()
 

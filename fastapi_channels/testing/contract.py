@@ -104,7 +104,7 @@ class LayerContract:
                 yield layer
     ```
 
-    Each test gets a layer of its own: open, with nothing in it, and closed after the test. Its capacity is at least 20; a
+    Each test gets a layer of its own: open, with nothing in it, closed after the test. Its capacity is at least 20; a
     small one makes the tests of it quick. Its expiry is long; the tests of it set the attribute. Nothing is expected to
     have arrived when a send returns, only within `timeout`.
 
