@@ -33,6 +33,10 @@ __all__ = [
 STEPPABLE_SERVERS = frozenset({"uvicorn", "hypercorn", "fastapi_channels"})
 
 
+#: Modules of exception handlers that applications have without having asked for them.
+DEFAULT_HANDLERS = frozenset({fastapi.exception_handlers.__name__, "fastapi_channels.answers"})
+
+
 def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]) -> None:
     """Enter `lifespan` before the application's own and leave it after; works with `on_event` handlers too."""
     own = app.router.lifespan_context
@@ -68,12 +72,12 @@ def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, An
 
 
 def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
-    """The application's own handler for an error, by status code or by class; FastAPI's defaults don't count."""
+    """The application's own handler for an error, by status code or by class; defaults of FastAPI and ours don't count."""
     handlers: dict[Any, Callable[..., Any]] = getattr(app, "exception_handlers", None) or {}
     keys: list[Any] = [error.status_code] if isinstance(error, HTTPException) else []
     for key in [*keys, *type(error).__mro__]:
         handler = handlers.get(key)
-        if handler is not None and getattr(handler, "__module__", None) != fastapi.exception_handlers.__name__:
+        if handler is not None and getattr(handler, "__module__", None) not in DEFAULT_HANDLERS:
             return handler
     return None
 
@@ -107,10 +111,7 @@ def bare_send(websocket: WebSocket) -> Send:
     `http.response.start`; together they cost a tenth of a delivery.
     """
     send: Send = getattr(websocket, "_send", websocket.send)
-    while getattr(send, "__module__", None) == "starlette._exception_handler":
-        inner = inspect.getclosurevars(send).nonlocals.get("send")
-        if inner is None:
-            break
+    while getattr(send, "__module__", None) == "starlette._exception_handler" and (inner := _wrapped(send)) is not None:
         send = inner
     return send
 
@@ -122,10 +123,19 @@ def can_be_stepped(send: Send) -> bool:
     open a timeout or a cancel scope around its `send`, which belongs to the task that it runs in.
     """
     while inspect.isfunction(send) and send.__module__.startswith("starlette."):
-        inner = inspect.getclosurevars(send).nonlocals.get("send")
+        inner = _wrapped(send)
         if inner is None:
             return False
         send = inner
     if not inspect.iscoroutinefunction(send):
         return False
     return send.__module__.partition(".")[0] in STEPPABLE_SERVERS
+
+
+def _wrapped(send: Any) -> Send | None:
+    """The `send` that a wrapper's function closes over, if there is one."""
+    names = send.__code__.co_freevars
+    if "send" not in names:
+        return None
+    inner: Send = send.__closure__[names.index("send")].cell_contents
+    return inner

@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket
 
 from fastapi_channels import _fastapi
 from fastapi_channels._tasks import in_thread
 from fastapi_channels.exceptions import ConsumerError, InvalidData, InvalidGroupName, LayerUnavailable
 
-__all__ = ["Answer", "answer_to", "ask_application", "close_code_of", "refusal", "status_code_of"]
+__all__ = ["Answer", "answer_to", "answer_view", "ask_application", "close_code_of", "refusal", "status_code_of"]
 
 #: Seconds after which a client may try again when the layer is away.
 RETRY_AFTER = 5
@@ -69,8 +71,14 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """The reason of a close frame."""
-        return self.detail if isinstance(self.detail, str) else HTTPStatus(self.status_code).phrase
+        """The reason of a close frame: the detail, of which a list of findings is too long and told by its first."""
+        match self.detail:
+            case str():
+                return self.detail
+            case [{"loc": [*_, name], "msg": str(message)}, *_]:
+                return f"{name}: {message}"
+            case _:
+                return HTTPStatus(self.status_code).phrase
 
 
 def close_code_of(status_code: int) -> int:
@@ -109,8 +117,7 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
         case WebSocketException():
             return refusal(error.code, error.reason or "")
         case WebSocketRequestValidationError() | RequestValidationError():
-            found = [{key: value for key, value in item.items() if key != "ctx"} for item in error.errors()]
-            return Answer(422, 4500, InvalidData.code, found)
+            return Answer(422, 4500, InvalidData.code, jsonable_encoder(error.errors()))
         case InvalidGroupName():
             return Answer(422, 4500, InvalidData.code, str(error))
         case LayerUnavailable():
@@ -121,6 +128,12 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
         case _:
             detail = f"{type(error).__name__}: {error}" if debug else _INTERNAL
             return Answer(500, 1011, "internal_error", detail, is_expected=False)
+
+
+async def answer_view(request: Request, error: Exception) -> Response:
+    """The exception handler that `add_channel` gives HTTP views for what a layer raises."""
+    answer = answer_to(error)
+    return JSONResponse({"detail": answer.detail}, answer.status_code, answer.headers)
 
 
 async def ask_application(websocket: WebSocket, error: Exception) -> Answer:

@@ -16,7 +16,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_channels import _fastapi
-from fastapi_channels.exceptions import SettingsError
+from fastapi_channels.answers import answer_view
+from fastapi_channels.exceptions import InvalidGroupName, LayerUnavailable, SettingsError
 from fastapi_channels.layers import ChannelLayer, make_layer
 from fastapi_channels.settings import ChannelsSettings
 
@@ -128,7 +129,9 @@ class ChannelsMiddleware:
             await self.app(scope, receive, send)
 
 
-def add_channel(app: Any, *, settings: str | ModuleType | None = None, **options: Any) -> Channels:
+def add_channel(
+    app: Any, *, settings: str | ModuleType | None = None, add_exception_handlers: bool = True, **options: Any
+) -> Channels:
     """Give a FastAPI application its channels: read the settings, open and close the layers with it.
 
     Call it once, before the application starts; before or after `include_router` is the same.
@@ -136,6 +139,8 @@ def add_channel(app: Any, *, settings: str | ModuleType | None = None, **options
     Args:
         app: The FastAPI application.
         settings: The settings module or its dotted path.
+        add_exception_handlers: Whether HTTP views answer `InvalidGroupName` with 422 and `LayerUnavailable` with 503,
+            where the application has no handler of its own for them.
         options: Every setting in lower case, such as `channel_layers={"default": "memory://"}`; stronger than the
             environment and the module.
 
@@ -152,6 +157,9 @@ def add_channel(app: Any, *, settings: str | ModuleType | None = None, **options
     channels = Channels(ChannelsSettings.load(settings, options))
     app.add_middleware(ChannelsMiddleware, channels=channels)
     app.state.channels = channels
+    if add_exception_handlers:
+        for error in (InvalidGroupName, LayerUnavailable):
+            app.exception_handlers.setdefault(error, answer_view)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

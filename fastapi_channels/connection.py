@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from starlette.responses import JSONResponse
-from starlette.websockets import WebSocket, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from typing_extensions import override
 
 from fastapi_channels import _fastapi
@@ -102,6 +102,7 @@ class Connection(Sink):
         "_dropped",
         "_ended",
         "_interrupted",
+        "_is_steppable",
         "_outbox",
         "_receive",
         "_room",
@@ -139,6 +140,7 @@ class Connection(Sink):
         self.taker: Callable[[Envelope], bool] = _take_none
         self._receive = _fastapi.bare_receive(websocket)
         self._send = _fastapi.bare_send(websocket)
+        self._is_steppable = _fastapi.can_be_stepped(self._send)
         self._outbox: deque[tuple[Frame, int, Hashable]] | None = None
         self._bytes = 0
         self._dropped = 0
@@ -160,11 +162,12 @@ class Connection(Sink):
         if self.state is not State.CONNECTING:
             raise RuntimeError("the handshake has been answered already")
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
-        await self.websocket.accept(subprotocol, raw)
-        self.opened()
-
-    def opened(self) -> None:
-        """Note that the handshake has been answered with yes."""
+        try:
+            await self.websocket.accept(subprotocol, raw)
+        except (OSError, WebSocketDisconnect) as error:
+            logger.debug("the client went away during the handshake", exc_info=error)
+            self.end(1006)
+            return
         self.state = State.OPEN
         self._go_direct()
 
@@ -300,6 +303,7 @@ class Connection(Sink):
         self.state = State.CLOSING
         self.closed_here = True
         self.close_code, self.close_reason = code, fitting(reason)
+        self.websocket.application_state = WebSocketState.DISCONNECTED
         frame = {"type": "websocket.close", "code": code, "reason": self.close_reason}
         if self.direct is not None:
             if self.step(frame) and self._writer is None:
@@ -336,7 +340,7 @@ class Connection(Sink):
 
     def _go_direct(self) -> None:
         """Let frames go straight to the server from now on, if its `send` may be stepped."""
-        if self.state is State.OPEN and _fastapi.can_be_stepped(self._send):
+        if self.state is State.OPEN and self._is_steppable:
             self.direct = cast(Direct, self._send)
 
     @override

@@ -8,6 +8,7 @@ through one door: what runs is ended, `disconnect` is called once, and the membe
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Coroutine, Mapping
 from contextvars import Context
@@ -132,7 +133,7 @@ class Session:
 
     async def _connect(self, values: Mapping[str, Any]) -> None:
         connect = self.consumer.connect
-        if asyncio.iscoroutinefunction(connect):
+        if inspect.iscoroutinefunction(connect):
             await connect(**values)
         else:
             await in_thread(connect, **values)
@@ -227,14 +228,12 @@ class Session:
         try:
             with anyio.move_on_after(GRACE + timeout, shield=True):
                 await self._finish(GRACE if has_grace else 0)
-            with anyio.move_on_after(timeout, shield=True) as deadline, self.channels.in_force():
-                await self._disconnect()
-            if deadline.cancelled_caught:
-                name = type(self.consumer).__qualname__
-                logger.error("the disconnect hook of %s took longer than DRAIN_TIMEOUT, %g s", name, timeout)
         finally:
-            with anyio.CancelScope(shield=True):
-                await self.layer.detach(self.channel_name)
+            try:
+                await self._disconnect(timeout)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self.layer.detach(self.channel_name)
 
     async def _finish(self, grace: float) -> None:
         """Let what has arrived be handled for a moment, then cancel it and wait for its end."""
@@ -263,16 +262,20 @@ class Session:
         while self.tasks:
             await asyncio.wait(self.tasks)
 
-    async def _disconnect(self) -> None:
+    async def _disconnect(self, timeout: float) -> None:
         consumer = self.consumer
+        name = type(consumer).__qualname__
         arguments = (self.connection.close_code, self.connection.close_reason)[: consumer._disconnect_arguments]
-        try:
-            if asyncio.iscoroutinefunction(consumer.disconnect):
-                await consumer.disconnect(*arguments)
-            else:
-                await in_thread(consumer.disconnect, *arguments)
-        except Exception:
-            logger.exception("the disconnect hook of %s failed", type(consumer).__qualname__)
+        with anyio.move_on_after(timeout, shield=True) as deadline, self.channels.in_force():
+            try:
+                if inspect.iscoroutinefunction(consumer.disconnect):
+                    await consumer.disconnect(*arguments)
+                else:
+                    await in_thread(consumer.disconnect, *arguments)
+            except Exception:
+                logger.exception("the disconnect hook of %s failed", name)
+        if deadline.cancelled_caught:
+            logger.error("the disconnect hook of %s took longer than DRAIN_TIMEOUT, %g s", name, timeout)
 
     async def leave(self, exc_type: object, error: BaseException | None, traceback: object) -> bool:
         """Answer for what ended the handshake, or the connection in `connect`; the route's last word.

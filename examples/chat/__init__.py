@@ -1,0 +1,1 @@
+"""A chat with rooms: `uvicorn examples.chat.main:app`, or `scripts/demo`."""

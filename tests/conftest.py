@@ -1,0 +1,69 @@
+"""What the tests share: the event loop they run on, an application, and a real server."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from fastapi_channels import add_channel
+from fastapi_channels.consumers import WebSocketConsumer
+from fastapi_channels.routing import ConsumerRouter, route
+
+
+def app_with(*consumers: type[WebSocketConsumer], **options: Any) -> FastAPI:
+    """An application with the first consumer at `/ws`, and each at `/` and its name; `options` are settings."""
+    app = FastAPI()
+    add_channel(app, **options)
+    paths = ["/ws", *(f"/{consumer.__name__}" for consumer in consumers)]
+    app.include_router(ConsumerRouter([route(*entry) for entry in zip(paths, (consumers[0], *consumers), strict=True)]))
+    return app
+
+
+@dataclass(frozen=True)
+class Served:
+    """An application under uvicorn, in the test's own event loop."""
+
+    url: str
+    port: int
+    server: uvicorn.Server
+    task: asyncio.Task[None]
+
+    async def stop(self) -> None:
+        """End the server as a signal would."""
+        self.server.should_exit = True
+        await self.task
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Start uvicorn with an application on a free port: `await serve(app)`, with more of its settings if need be."""
+    started: list[Served] = []
+
+    async def start(app: Any, **settings: Any) -> Served:
+        settings = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5, **settings}
+        server = uvicorn.Server(uvicorn.Config(app, **settings))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        port = listener.getsockname()[1]
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            assert not task.done(), "the application did not start"
+            await asyncio.sleep(0.01)
+        started.append(Served(f"ws://127.0.0.1:{port}", port, server, task))
+        return started[-1]
+
+    yield start
+    for served in started:
+        await served.stop()
