@@ -72,7 +72,7 @@ def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, An
 
 
 def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
-    """The application's own handler for an error, by status code or by class; defaults of FastAPI and ours don't count."""
+    """The application's own handler for an error, by status code or by class; nobody's defaults count."""
     handlers: dict[Any, Callable[..., Any]] = getattr(app, "exception_handlers", None) or {}
     keys: list[Any] = [error.status_code] if isinstance(error, HTTPException) else []
     for key in [*keys, *type(error).__mro__]:
