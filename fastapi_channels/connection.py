@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import Context
@@ -29,6 +28,7 @@ from fastapi_channels import _fastapi
 from fastapi_channels._tasks import Crew, Lane
 from fastapi_channels.answers import Answer
 from fastapi_channels.layers import Counters, Direct, Envelope, Sink
+from fastapi_channels.outbox import Frame, Outbox
 from fastapi_channels.settings import OverflowPolicy, RejectMode
 
 __all__ = ["Connection", "Limits", "State"]
@@ -48,8 +48,6 @@ MAX_REASON = 123
 TOO_SLOW = 4008
 
 _NO_CONTEXT = Context()
-
-Frame = dict[str, Any]
 
 #: Called with each frame of the client. If it has no room for more it returns what to await before the next.
 Take = Callable[[str | bytes], Awaitable[None] | None]
@@ -97,7 +95,6 @@ class Connection(Sink):
     """
 
     __slots__ = (
-        "_bytes",
         "_deadline",
         "_dropped",
         "_ended",
@@ -141,8 +138,7 @@ class Connection(Sink):
         self._receive = _fastapi.bare_receive(websocket)
         self._send = _fastapi.bare_send(websocket)
         self._is_steppable = _fastapi.can_be_stepped(self._send)
-        self._outbox: deque[tuple[Frame, int, Hashable]] | None = None
-        self._bytes = 0
+        self._outbox: Outbox | None = None
         self._dropped = 0
         self._writer: asyncio.Task[None] | None = None
         self._deadline: asyncio.Timeout | None = None
@@ -256,9 +252,7 @@ class Connection(Sink):
     @property
     def is_full(self) -> bool:
         """Whether the outbox has no room, so that the next `write` would overflow."""
-        return self._outbox is not None and (
-            len(self._outbox) >= self.limits.outbox_frames or self._bytes >= self.limits.outbox_bytes
-        )
+        return self._outbox is not None and self._outbox.is_full
 
     async def room(self) -> None:
         """Wait until the outbox has room, or the connection has ended. Cancelling is safe: nothing changes."""
@@ -284,9 +278,8 @@ class Connection(Sink):
             return self.step(frame)
         if self.state is not State.OPEN:
             return False
-        if self.is_full and not self._overflow():
-            return not self.closed_here
-        self._keep(frame, size, key)
+        if not self._keep(frame, size, key):
+            return False
         if self._writer is None:
             self.left_behind()
         return True
@@ -309,7 +302,9 @@ class Connection(Sink):
             if self.step(frame) and self._writer is None:
                 self.end(code, self.close_reason)
         else:
-            self._keep(frame, 0, None)
+            if self._outbox is None:
+                self._outbox = self._new_outbox()
+            self._outbox.put_last(frame)
             if self._writer is None:
                 self.left_behind()
         self.direct = None
@@ -358,8 +353,7 @@ class Connection(Sink):
                 if first is not None:
                     await first
                 while self._outbox:
-                    frame, size, _ = self._outbox.popleft()
-                    self._bytes -= size
+                    frame = self._outbox.pop()
                     self._make_room()
                     await self._send(frame)
                     if self.state is State.OPEN:
@@ -380,32 +374,24 @@ class Connection(Sink):
             self._go_direct()
             self._make_room()
 
-    def _keep(self, frame: Frame, size: int, key: Hashable) -> None:
+    def _keep(self, frame: Frame, size: int, key: Hashable) -> bool:
+        """Put a frame into the outbox; False if that ended the connection."""
         if self._outbox is None:
-            self._outbox = deque()
-        if key is not None and self.limits.overflow == "latest":
-            for index, (_, replaced, waiting_key) in enumerate(self._outbox):
-                if waiting_key == key:
-                    self._outbox[index] = frame, size, key
-                    self._bytes += size - replaced
-                    self._count_dropped()
-                    return
-        self._outbox.append((frame, size, key))
-        self._bytes += size
-
-    def _overflow(self) -> bool:
-        """Apply the overflow policy to a full outbox; True if there is room for a frame afterwards."""
-        policy = self.limits.overflow
-        if policy == "close":
+            self._outbox = self._new_outbox()
+        dropped = self._outbox.put(frame, size, key)
+        if dropped is None:
             self._too_slow()
             return False
-        self._count_dropped()
-        if policy == "drop_newest":
-            return False
-        assert self._outbox is not None
-        _, size, _ = self._outbox.popleft()
-        self._bytes -= size
+        if dropped:
+            if self._dropped == 0:
+                policy = self.limits.overflow
+                logger.warning("dropping frames to a connection that reads too slowly (OVERFLOW=%r)", policy)
+            self._dropped += dropped
+            self.counters.outbox_dropped += dropped
         return True
+
+    def _new_outbox(self) -> Outbox:
+        return Outbox(self.limits.outbox_frames, self.limits.outbox_bytes, self.limits.overflow)
 
     def _too_slow(self) -> None:
         self.counters.too_slow += 1
@@ -413,14 +399,7 @@ class Connection(Sink):
         logger.warning("closing a connection that reads too slowly: OUTBOX_FRAMES or OUTBOX_BYTES was reached")
         if self._outbox is not None:
             self._outbox.clear()
-            self._bytes = 0
         self.close_soon(TOO_SLOW, "too slow")
-
-    def _count_dropped(self) -> None:
-        self.counters.outbox_dropped += 1
-        if self._dropped == 0:
-            logger.warning("dropping frames to a connection that reads too slowly (OVERFLOW=%r)", self.limits.overflow)
-        self._dropped += 1
 
     def _make_room(self) -> None:
         if self._room is not None and not self._room.done() and not self.is_full:
@@ -445,7 +424,6 @@ class Connection(Sink):
         self.state = State.CLOSED
         self.direct = None
         self._outbox = None
-        self._bytes = 0
         self._make_room()
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)

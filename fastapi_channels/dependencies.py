@@ -11,6 +11,7 @@ resolves that when the connection opens (`handshake_dependencies`), and each cal
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 import typing
@@ -199,7 +200,7 @@ class Plan:
             return None
         if data is _NO_DATA:
             if self.parameter.default is not _NO_DATA:
-                return self.parameter.default
+                return copy.deepcopy(self.parameter.default)
             missing = {"type": "missing", "loc": [], "msg": "Field required"}
             raise InvalidData("the data is missing", errors=[missing])
         try:

@@ -282,7 +282,7 @@ class LayerContract:
 
     async def lets_expire(self, layer: ChannelLayer, channel: str) -> None:
         """Let a message grow too old in a channel."""
-        lasting, layer.expiry = layer.expiry, 0.05
+        lasting, layer.expiry = layer.expiry, 0.02
         await layer.send(channel, {"type": "x", "text": "old"})
         await asyncio.sleep(2 * layer.expiry)
         layer.expiry = lasting
@@ -292,7 +292,7 @@ class LayerContract:
     async def test_expired_messages_make_room(self, layer: ChannelLayer) -> None:
         """What has expired in a full channel does not count against its capacity."""
         channel = await layer.new_channel()
-        lasting, layer.expiry = layer.expiry, 0.05
+        lasting, layer.expiry = layer.expiry, 0.02
         for _ in range(layer.capacity):
             await layer.send(channel, {"type": "x", "text": "old"})
         await asyncio.sleep(2 * layer.expiry)
@@ -302,7 +302,7 @@ class LayerContract:
 
     async def test_memberships_do_not_expire(self, layer: ChannelLayer) -> None:
         """A member that left messages unread until they expired is still a member."""
-        lasting, layer.expiry = layer.expiry, 0.05
+        lasting, layer.expiry = layer.expiry, 0.02
         channel = await self.member(layer, "room")
         await layer.group_send("room", {"type": "x", "text": "old"})
         await asyncio.sleep(2 * layer.expiry)
