@@ -320,7 +320,13 @@ class Connection(Sink):
         if self.state is State.CLOSING:
             if self._ended is None:
                 self._ended = self.crew.loop.create_future()
-            await asyncio.shield(self._ended)
+            serving = self._serving
+            if serving is asyncio.current_task():
+                self._serving = None  # `connect` closes, and goes on: its own close is no reason to interrupt it
+            try:
+                await asyncio.shield(self._ended)
+            finally:
+                self._serving = serving
 
     def step(self, frame: Frame) -> bool:
         """Begin the server's `send` by hand, where it is `direct`; what does not end at once becomes the writer."""

@@ -53,14 +53,14 @@ class Outbox:
         """
         if self._overflow == "latest" and key is not None and self._replace(frame, size, key):
             return 1
+        if self.is_full and self._overflow == "close":
+            return None
+        if self.is_full and self._overflow == "drop_newest":
+            return 1
         dropped = 0
-        if self.is_full:
-            if self._overflow == "close":
-                return None
-            dropped = 1
-            if self._overflow == "drop_newest":
-                return dropped
+        while self.is_full:
             self.pop()
+            dropped += 1
         self._frames.append((frame, size, key))
         self._bytes += size
         return dropped

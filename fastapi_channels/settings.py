@@ -111,10 +111,11 @@ class ChannelsSettings(BaseSettings):
             SettingsError: A name that is no setting or a value that doesn't fit, with its source.
             TypeError: An option that is no setting.
         """
-        given = {name: value for name, value in (options or {}).items() if value is not None}
-        for name in given:
+        for name in options or {}:
             if name.upper() not in _names() or name != name.lower():
-                raise TypeError(f"add_channel() got an unexpected keyword argument {name!r}{_hint(name)}")
+                hint = _hint(name.lower())
+                raise TypeError(f"add_channel() got an unexpected keyword argument {name!r}{hint}")
+        given = {name: value for name, value in (options or {}).items() if value is not None}
         module = module if module is not None else os.environ.get(MODULE_VARIABLE) or None
         from_environment = _check_environment()
         in_module = {} if module is None else _from_module(module)
@@ -137,11 +138,13 @@ class ChannelsSettings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=in_module)
+                # One source, merged here: pydantic-settings would merge the dicts of several into each other.
+                values = {**in_module, **env_settings(), **given}
+                return (InitSettingsSource(settings_cls, init_kwargs=values),)
 
         Sources.__name__ = Sources.__qualname__ = cls.__name__
         try:
-            settings = cast(Self, Sources(**given))
+            settings = cast(Self, Sources())
         except ValidationError as error:
             raise SettingsError(_told(error, origins)) from None
         except SourceError as error:
@@ -154,11 +157,10 @@ def _names() -> set[str]:
 
 
 def _hint(name: str) -> str:
-    close = difflib.get_close_matches(name.upper(), _names(), n=1, cutoff=0.8)
+    close = difflib.get_close_matches(name.upper(), _names(), n=1, cutoff=0.86)
     if not close:
         return ""
-    meant = close[0] if name == name.upper() else close[0].lower()
-    return f"; did you mean {meant}?"
+    return f"; did you mean {close[0] if name.isupper() else close[0].lower()}?"
 
 
 def _check_environment() -> dict[str, str]:
@@ -183,7 +185,7 @@ def _from_module(module: str | ModuleType) -> dict[str, Any]:
     for name, value in vars(module).items():
         if name in _names():
             values[name.lower()] = value
-        elif name.isupper() and (hint := _hint(name)):
+        elif name.isupper() and not name.startswith("_") and (hint := _hint(name)):
             raise SettingsError(f"settings module {module.__name__}: there is no setting {name}{hint}")
     return values
 

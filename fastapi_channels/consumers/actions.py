@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fastapi_channels._tasks import not_cancelled
 from fastapi_channels.consumers.base import API
 from fastapi_channels.consumers.json import JsonConsumer
 from fastapi_channels.consumers.marks import ActionMark, marked
+from fastapi_channels.consumers.session import DEALT_WITH
 from fastapi_channels.dependencies import Plan
 from fastapi_channels.exceptions import ActionCancelled, ActionTimeout, DefinitionError, InvalidFrame, UnknownAction
 
@@ -117,16 +119,14 @@ class ActionConsumer(JsonConsumer):
         name = content.pop("action", None)
         request_id = content.pop("request_id", _ABSENT)
         data = content.get("data", content or _ABSENT)
-        if request_id is not _ABSENT and (
-            isinstance(request_id, bool) or not isinstance(request_id, str | int | float)
-        ):
+        if request_id is not _ABSENT and not _is_request_id(request_id):
             raise InvalidFrame("a request_id is a string or a number")
         request = _Request(name if isinstance(name, str) else None, request_id, data)
         if not isinstance(name, str):
             request.error = InvalidFrame("a frame has an action, which is a string")
         elif name == CANCEL and request_id is not _ABSENT:
             self._cancel(request_id)
-            return None
+            return DEALT_WITH
         else:
             request.action = self.actions.get(name)
             if request.action is None:
@@ -251,6 +251,13 @@ def _check_cancelled(request: _Request) -> None:
     """
     if request.action is None or not request.action.plan.is_stream:
         raise ActionCancelled("cancelled by the client")
+
+
+def _is_request_id(value: Any) -> bool:
+    """Whether it can be given back as it came: a string, or a number that isn't too large for one."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _shortened(name: str) -> str:

@@ -331,7 +331,7 @@ class WebSocketConsumer:
     # What the session asks; not for applications
 
     def _parse_frame(self, frame: str | bytes) -> Any:
-        """Make of a frame what `_handle_frame` gets; None if it has been dealt with already. Runs no code of users."""
+        """Make of a frame what `_handle_frame` gets, or deal with it at once (`DEALT_WITH`). Runs no code of users."""
         if type(frame) not in self._takes:
             due = "text" if self._takes == (str,) else "binary"
             raise InvalidFrame(f"a {due} frame was expected")

@@ -28,12 +28,15 @@ from fastapi_channels.layers import ChannelLayer, Envelope
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
 
-__all__ = ["Session", "checked_close_code"]
+__all__ = ["DEALT_WITH", "Session", "checked_close_code"]
 
 logger = logging.getLogger("fastapi_channels")
 
 #: How many seconds what has arrived, or is being handled, has to be finished when the connection ends.
 GRACE = 1.0
+
+#: What `_parse_frame` returns of a frame that has been dealt with already.
+DEALT_WITH: Any = object()
 
 #: How many bytes of frames wait to be handled, in terms of the largest frame.
 INBOX_FRAMES_OF_MAX_SIZE = 4
@@ -160,7 +163,7 @@ class Session:
                 item = self.consumer._parse_frame(frame)
             except ConsumerError as error:
                 item = error
-            if item is None:
+            if item is DEALT_WITH:
                 return None
         if self._frames is None:
             self._frames = FrameLane(self)

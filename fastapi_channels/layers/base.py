@@ -106,6 +106,9 @@ class ChannelLayer(ABC):
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
         self._loop = None
+        for attached in self._attached.values():
+            if isinstance(attached.sink, Inbox):
+                attached.sink.end(closed())
         self._attached.clear()
         self._groups.clear()
 
@@ -126,7 +129,7 @@ class ChannelLayer(ABC):
             LayerUnavailable: The layer is not open.
         """
         if self._crew is None:
-            raise LayerUnavailable("the channel layer is not open")
+            raise closed()
         return self._crew
 
     @property
@@ -159,6 +162,8 @@ class ChannelLayer(ABC):
         """End a channel and all its memberships; does nothing if there is none of that name."""
         attached = self._attached.pop(channel, None)
         if attached is not None:
+            if isinstance(attached.sink, Inbox):
+                attached.sink.end(_no_channel(channel))
             for group in list(attached.groups):
                 await self._leave(group, channel)
             attached.groups.clear()
@@ -360,7 +365,7 @@ class ChannelLayer(ABC):
 
     def _now(self) -> float:
         if self._loop is None:
-            raise LayerUnavailable("the channel layer is not open")
+            raise closed()
         return self._loop.time()
 
     def _is_local(self, channel: str) -> bool:
@@ -369,7 +374,7 @@ class ChannelLayer(ABC):
     def _member(self, channel: str) -> _Attached:
         attached = self._attached.get(channel)
         if attached is None:
-            raise ValueError(f"{channel!r} is not a channel of this process")
+            raise _no_channel(channel)
         return attached
 
     async def _leave(self, group: str, channel: str) -> None:
@@ -385,6 +390,15 @@ class ChannelLayer(ABC):
             sink = attached.sink
             if isinstance(sink, _Mailbox) and sink.keep_until <= now and sink.is_idle and not attached.groups:
                 del self._attached[name]
+
+
+def _no_channel(channel: str) -> ValueError:
+    return ValueError(f"{channel!r} is not a channel of this process")
+
+
+def closed() -> LayerUnavailable:
+    """What a call to a layer that is not open raises."""
+    return LayerUnavailable("the channel layer is not open")
 
 
 class _Mailbox(Inbox):
@@ -445,7 +459,7 @@ class SyncChannelLayer:
     def _run(self, call: Callable[[], Awaitable[Result]]) -> Result:
         loop = self._layer._loop
         if loop is None:
-            raise LayerUnavailable("the channel layer is not open")
+            raise closed()
 
         async def called() -> Result:
             return await call()

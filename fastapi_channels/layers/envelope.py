@@ -59,10 +59,10 @@ class Envelope:
         kind = message.get("type") if isinstance(message, Mapping) else getattr(message, "type", None)
         if not isinstance(kind, str) or not kind:
             raise InvalidMessage(f"a message is a dict or a pydantic model with a `type`, not {_shown(message)}")
-        if kind == SEND and isinstance(message, Mapping) and isinstance(message.get("bytes"), bytes):
-            message = {**message, "bytes": base64.b64encode(message["bytes"]).decode()}
+        if kind == SEND:
+            message = _with_base64(message)
         try:
-            return cls(kind, encode(message), expires)
+            return cls(kind, encode(dict(message) if isinstance(message, Mapping) else message), expires)
         except ValueError as error:
             raise InvalidMessage(f"the message {kind!r} {error}") from error
 
@@ -79,6 +79,16 @@ class Envelope:
         if self._frame is None:
             self._frame = {"type": "websocket.send", "text": self.payload.decode()}
         return self._frame
+
+
+def _with_base64(message: Message) -> Message:
+    """The event that writes a frame, with its bytes as they travel."""
+    data = message.get("bytes") if isinstance(message, Mapping) else getattr(message, "bytes", None)
+    if data is None:
+        return message
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise InvalidMessage(f"the bytes of {SEND} are bytes, not {type(data).__name__}")
+    return {"type": SEND, "bytes": base64.b64encode(data).decode()}
 
 
 def _shown(message: object) -> str:

@@ -37,18 +37,22 @@ def make_layer(spec: LayerSpec, *, capacity: int, expiry: float) -> ChannelLayer
         return _from_url(spec, capacity, expiry)
     if isinstance(spec, Mapping):
         return _from_backend(spec, capacity, expiry)
-    raise SettingsError(f"a layer is a URL, a dict with BACKEND and CONFIG, or a ChannelLayer, not {spec!r}")
+    # Never the entry itself in an error: it may hold a password.
+    kind = type(spec).__name__
+    raise SettingsError(f"a layer is a URL, a dict with BACKEND and CONFIG, or a ChannelLayer, not a {kind}")
 
 
 def _from_url(url: str, capacity: int, expiry: float) -> ChannelLayer:
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        raise SettingsError("not a URL") from error
     if scheme != "memory":
-        # The URL may hold a password: only its scheme is shown.
         raise SettingsError(
             f"there is no layer for {scheme or 'a URL without a scheme'}://; this version has memory://"
         )
     if url != "memory://":
-        raise SettingsError(f"memory:// takes nothing behind it, but there is {url.removeprefix('memory://')!r}")
+        raise SettingsError("memory:// takes nothing behind it")
     return MemoryLayer(capacity=capacity, expiry=expiry)
 
 
@@ -59,10 +63,15 @@ def _from_backend(spec: Mapping[str, Any], capacity: int, expiry: float) -> Chan
     try:
         backend = _dotted_path.validate_python(path)
     except ValidationError as error:
+        if not (isinstance(path, str) and all(map(str.isidentifier, path.split(".")))):
+            raise SettingsError("BACKEND is the dotted path of a ChannelLayer") from None
         raise SettingsError(f"BACKEND {path!r}: {error.errors()[0]['msg']}") from error
     if not (isinstance(backend, type) and issubclass(backend, ChannelLayer)):
         raise SettingsError(f"BACKEND {path!r} is not a ChannelLayer")
-    config = {"capacity": capacity, "expiry": expiry, **spec.get("CONFIG", {})}
+    given = spec.get("CONFIG", {})
+    if not isinstance(given, Mapping):
+        raise SettingsError(f"CONFIG is a dict, not a {type(given).__name__}")
+    config = {"capacity": capacity, "expiry": expiry, **given}
     try:
         return backend(**config)
     except (TypeError, ValueError) as error:

@@ -56,12 +56,24 @@ class Inbox(Sink):
             try:
                 await reader
             except BaseException:
-                if reader.done() and not reader.cancelled():
+                if reader.done() and not reader.cancelled() and reader.exception() is None:
                     self._wake_a_reader()  # it was woken and cancelled at once: the message is for another
                 else:
                     with contextlib.suppress(ValueError):
                         self._readers.remove(reader)
                 raise
+
+    def clear(self) -> None:
+        """Drop the messages; who waits goes on waiting."""
+        self._messages.clear()
+
+    def end(self, error: Exception) -> None:
+        """Have everybody who waits raise `error`."""
+        self._messages.clear()
+        while self._readers:
+            reader = self._readers.popleft()
+            if not reader.done():
+                reader.set_exception(error)
 
     def _wake_a_reader(self) -> None:
         while self._readers:

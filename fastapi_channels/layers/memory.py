@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing_extensions import override
 
 from fastapi_channels.exceptions import ChannelFull
-from fastapi_channels.layers.base import SWEEP, ChannelLayer, Receipt
+from fastapi_channels.layers.base import SWEEP, ChannelLayer, Receipt, closed
 from fastapi_channels.layers.envelope import Envelope
 from fastapi_channels.layers.inbox import Inbox
 
@@ -33,13 +33,16 @@ class MemoryLayer(ChannelLayer):
     @override
     async def close(self) -> None:
         await super().close()
+        for queue in self._queues.values():
+            queue.end(closed())
         self._queues.clear()
         self._seen.clear()
 
     @override
     async def flush(self) -> None:
         await super().flush()
-        self._queues.clear()
+        for queue in self._queues.values():
+            queue.clear()
         self._seen.clear()
 
     @override
