@@ -168,7 +168,8 @@ class Crew:
                                 if rest is not None:
                                     await rest
                             turn -= 1
-                            if lane._waiting is None or not turn:
+                            is_changed = not _is_equal(copy_context(), context)
+                            if is_changed or lane._waiting is None or not turn:
                                 break
                             if self._worker is not task:
                                 self.now = self.loop.time()
@@ -179,12 +180,7 @@ class Crew:
                             lane.go_on()
                         else:
                             lane.is_active = False
-                    if self._worker is not task:
-                        return
-                    try:
-                        if copy_context() != context:
-                            return
-                    except Exception:  # a value that can't be compared is another value
+                    if is_changed or self._worker is not task:
                         return
                 queue.popleft()
         finally:

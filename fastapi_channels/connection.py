@@ -20,6 +20,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, cast
 
+import anyio
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from typing_extensions import override
@@ -41,6 +42,9 @@ WRITE_TIMEOUT = 20.0
 CLOSE_TIMEOUT = 5.0
 #: How many seconds a full inbox may stay as it is before its handler counts as hanging.
 STALLED_AFTER = 60.0
+
+#: How many seconds a refused connection may take to be gone before it is left to the server.
+GONE_TIMEOUT = 0.2
 
 #: RFC 6455 5.5: a control frame has 125 bytes, of which the code takes two.
 MAX_REASON = 123
@@ -182,10 +186,21 @@ class Connection(Sink):
         if self.limits.reject_mode == "http" and "websocket.http.response" in websocket.scope.get("extensions", {}):
             response = answer.response or JSONResponse({"detail": answer.detail}, answer.status_code, answer.headers)
             await websocket.send_denial_response(response)
+            await self._until_gone()
             return
         if self.limits.reject_mode == "close":
             await websocket.accept()
         await websocket.close(answer.close_code, fitting(answer.reason))
+
+    async def _until_gone(self) -> None:
+        """Wait for a moment until the server has seen the end of a refused connection.
+
+        uvicorn's default implementation calls an application that returns sooner an error, one line for each refusal.
+        It tells of the end twice: when the response is sent, and when the connection is lost.
+        """
+        with anyio.move_on_after(GONE_TIMEOUT):
+            await self._receive()
+            await self._receive()
 
     # The way in
 

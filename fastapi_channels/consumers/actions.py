@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import AsyncGenerator, Awaitable, Mapping
-from contextlib import aclosing, closing
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from starlette.concurrency import iterate_in_threadpool
 from typing_extensions import override
 
-from fastapi_channels._tasks import not_cancelled
+from fastapi_channels._tasks import in_thread, not_cancelled, run_blocking
 from fastapi_channels.consumers.base import API
 from fastapi_channels.consumers.json import JsonConsumer
 from fastapi_channels.consumers.marks import ActionMark, marked
@@ -54,7 +54,7 @@ class Action:
 class _Request:
     """A frame that asks for an action, until it has been answered."""
 
-    __slots__ = ("action", "data", "error", "is_cancelled", "name", "request_id", "task")
+    __slots__ = ("action", "data", "error", "is_cancelled", "is_interrupted", "name", "request_id", "task")
 
     def __init__(self, name: str | None, request_id: Any, data: Any) -> None:
         self.name = name
@@ -63,14 +63,34 @@ class _Request:
         self.action: Action | None = None
         self.error: Exception | None = None
         self.is_cancelled = False
+        self.is_interrupted = False
         self.task: asyncio.Task[Any] | None = None
 
     def cancel(self) -> None:
         """End the call as the client wishes; one that has not begun is not begun."""
-        if not self.is_cancelled:
-            self.is_cancelled = True
-            if self.task is not None:
-                self.task.cancel()
+        self.is_cancelled = True
+        if self.task is not None and not self.is_interrupted:
+            self.is_interrupted = True
+            self.task.cancel()
+
+    @contextmanager
+    def cancellable(self) -> Iterator[None]:
+        """A block of the running task that ends when the call is cancelled; the cancellation ends with it.
+
+        Code that awaits what somebody else has cancelled raises an error out of it.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.is_interrupted = task, False
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if not self.is_interrupted or task.cancelling() > 1:
+                raise not_cancelled(error, task) from error
+        finally:
+            self.task = None
+            if self.is_interrupted:
+                task.uncancel()
 
 
 class ActionConsumer(JsonConsumer):
@@ -94,7 +114,7 @@ class ActionConsumer(JsonConsumer):
         if cls.receive is not ActionConsumer.receive:
             raise DefinitionError(f"{cls.__name__}.receive would never be called: the frames of it are actions")
         actions: dict[str, Action] = {}
-        for attribute, function, mark in marked(cls, ActionMark, API):
+        for attribute, function, mark in marked(cls, ActionMark, API | {"actions"}):
             name = mark.name or attribute
             if name.startswith("$"):
                 raise DefinitionError(f"{cls.__name__}.{attribute}: an action's name can't begin with $")
@@ -152,35 +172,42 @@ class ActionConsumer(JsonConsumer):
         if self._at_once is None:
             self._at_once = {}
         running = self._at_once.setdefault(action.name, set())
-        while len(running) >= action.concurrency:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        if len(running) >= action.concurrency:
+            with self._under_way(request), request.cancellable():
+                while len(running) >= action.concurrency:
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        if request.is_cancelled:
+            await self._answer(request)
+            return
         task = self._session.start(self._answer(request))
         running.add(task)
         task.add_done_callback(running.discard)
 
+    @contextmanager
+    def _under_way(self, request: _Request) -> Iterator[None]:
+        """Let `$cancel` find the request in the block."""
+        if self._calls is None:
+            self._calls = {}
+        self._calls[request.request_id] = request
+        try:
+            yield
+        finally:
+            if self._calls.get(request.request_id) is request:
+                del self._calls[request.request_id]
+
     async def _answer(self, request: _Request) -> None:
         """Carry out a request and answer it, whatever becomes of it."""
-        has_id = request.request_id is not _ABSENT
-        if has_id:
-            if self._calls is None:
-                self._calls = {}
-            self._calls[request.request_id] = request
-        task = request.task = asyncio.current_task()
-        assert task is not None
-        request_id = request.request_id if has_id else None
+        request_id = None if request.request_id is _ABSENT else request.request_id
         try:
-            try:
-                result = await self._call(request, request_id)
-            except asyncio.CancelledError as error:
-                if not request.is_cancelled or task.uncancel() > 0:
-                    raise not_cancelled(error, task) from error
-                _check_cancelled(request)
+            if request_id is None:
+                result = await self._call(request, None)
+            else:
                 result = None
-            finally:
-                request.task = None
-                if has_id and self._calls is not None and self._calls.get(request_id) is request:
-                    del self._calls[request_id]
-            if has_id or result is not None:
+                with self._under_way(request), request.cancellable():
+                    result = await self._call(request, request_id)
+                if request.is_cancelled and result is None:
+                    _check_cancelled(request)
+            if request_id is not None or result is not None:
                 await self._reply(
                     {
                         "type": "response",
@@ -200,7 +227,6 @@ class ActionConsumer(JsonConsumer):
         action = request.action
         assert action is not None
         if request.is_cancelled:
-            _check_cancelled(request)
             return None
         if action.timeout is None:
             return await self._run(action, request, request_id)
@@ -221,26 +247,41 @@ class ActionConsumer(JsonConsumer):
         value = plan.validate(data)
         if not plan.is_stream:
             return await plan.begin(self, value, self._session.handshake)
+
+        async def send_part(item: Any) -> bool:
+            return await self._reply({"type": "stream", "action": action.name, "request_id": request_id, "data": item})
+
         async with plan.solved(self, value, self._session.handshake) as keywords:
             generator = plan.function(self, **keywords)
-            async with aclosing(_async_items(generator)) as items:
-                async for item in items:
-                    part = {"type": "stream", "action": action.name, "request_id": request_id, "data": item}
-                    if not await self._reply(part):
-                        break
+            if plan.is_async:
+                async with aclosing(generator):
+                    async for item in generator:
+                        if not await send_part(item):
+                            break
+            else:
+                await _stream_from_thread(generator, send_part, self._connection.crew.loop)
         return None
 
 
-async def _async_items(generator: Any) -> AsyncGenerator[Any, None]:
-    """The items of an action's generator; a plain one runs in the thread pool."""
-    if inspect.isasyncgen(generator):
-        async with aclosing(generator):
-            async for item in generator:
-                yield item
-    else:
-        with closing(generator):
-            async for item in iterate_in_threadpool(generator):
-                yield item
+async def _stream_from_thread(
+    generator: Iterator[Any], send_part: Callable[[Any], Coroutine[Any, Any, bool]], loop: asyncio.AbstractEventLoop
+) -> None:
+    """Run a plain generator in a thread, from its first line to its cleanup, and send what it yields.
+
+    Cancelling is safe: the thread ends it after the item that it is at.
+    """
+    is_over = threading.Event()
+
+    def run() -> None:
+        with closing(generator):  # type: ignore[type-var]
+            for item in generator:
+                if is_over.is_set() or not run_blocking(loop, send_part(item)):
+                    break
+
+    try:
+        await in_thread(run)
+    finally:
+        is_over.set()
 
 
 def _check_cancelled(request: _Request) -> None:

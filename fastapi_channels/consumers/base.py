@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Awaitable, Collection, Hashable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from starlette.authentication import UnauthenticatedUser
@@ -21,6 +22,7 @@ from fastapi_channels.dependencies import Plan
 from fastapi_channels.exceptions import DefinitionError, InvalidFrame
 from fastapi_channels.layers import ChannelLayer, Message, Receipt
 from fastapi_channels.layers.envelope import encode
+from fastapi_channels.layers.names import checked_name
 from fastapi_channels.settings import OverflowPolicy, RejectMode
 
 __all__ = ["WebSocketConsumer"]
@@ -104,6 +106,8 @@ class WebSocketConsumer:
             if plan.is_stream:
                 raise DefinitionError(f"{cls.__name__}.{attribute} handles an event and can't be a generator")
             plans[kind], claimed[kind] = plan, attribute
+        for group in cls.groups:
+            checked_name(group)
         cls._event_plans = plans
         cls._is_forwarded = dict.fromkeys(() if isinstance(cls.forward_events, bool) else cls.forward_events, True)
         if both := sorted(cls._is_forwarded.keys() & plans.keys()):
@@ -117,7 +121,8 @@ class WebSocketConsumer:
         """Read from the `receive` hook what frames it takes."""
         plan = Plan(cls.receive, cls)
         annotation = str | bytes if plan.parameter is None else plan.parameter.annotation
-        takes = get_args(annotation) or (annotation,)
+        is_union = get_origin(annotation) in (Union, types.UnionType)
+        takes = get_args(annotation) if is_union else (annotation,)
         if annotation is inspect.Parameter.empty or annotation is Any:
             takes = (str, bytes)
         if plan.is_stream or not set(takes) <= {str, bytes}:
@@ -390,6 +395,8 @@ def _count_arguments(cls: type[WebSocketConsumer]) -> int:
 
 
 #: The names that a marked method can't have.
-API: frozenset[str] = frozenset(name for name in vars(WebSocketConsumer) if not name.startswith("_"))
+API: frozenset[str] = frozenset(
+    name for name in (*vars(WebSocketConsumer), *WebSocketConsumer.__annotations__) if not name.startswith("_")
+)
 
 WebSocketConsumer.__init_subclass__()  # the base can be used as it is, so it has tables too

@@ -6,6 +6,7 @@ error there and not at a connection.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -54,7 +55,7 @@ def event(type: Any = None, /) -> Any:
         type: The event's type, `@event("chat.message")`. Bare `@event` takes it from the method's name, with a dot for
             each underscore.
     """
-    if callable(type):
+    if not (type is None or isinstance(type, str)):
         return _add(type, EventMark())
     return lambda method: _add(method, EventMark(type))
 
@@ -99,7 +100,7 @@ def action(
     Spec:
         protocol.md, 1.
     """
-    if callable(name):
+    if not (name is None or isinstance(name, str)):
         return _add(name, ActionMark())
     if concurrency < 1:
         raise DefinitionError(f"an action's concurrency is at least 1, not {concurrency}")
@@ -110,7 +111,7 @@ def action(
 
 
 def _add(method: Any, mark: Any) -> Any:
-    if isinstance(method, (staticmethod, classmethod, property)):
+    if not inspect.isfunction(method):
         raise DefinitionError(f"@event and @action are for methods, not for a {type(method).__name__}")
     setattr(method, _MARKS, (*getattr(method, _MARKS, ()), mark))
     return method
@@ -142,11 +143,12 @@ def marked(cls: type, kind: type[Mark], reserved: frozenset[str]) -> Iterator[tu
         function = vars(definers[0])[name]
         if function is None:
             continue
-        if not callable(function):
-            raise DefinitionError(f"{cls.__name__}.{name} overrides a marked method and is no method")
+        if not inspect.isfunction(function):
+            raise DefinitionError(f"{cls.__name__}.{name} is marked, or overrides what is, and is no method")
         for mark in claims[0][1]:
             yield name, function, mark
 
 
 def _marks_of(value: Any, kind: type[Mark]) -> list[Mark]:
-    return [mark for mark in getattr(value, _MARKS, ()) if isinstance(mark, kind)]
+    function = getattr(value, "__func__", value)  # of a static or class method
+    return [mark for mark in getattr(function, _MARKS, ()) if isinstance(mark, kind)]

@@ -18,7 +18,7 @@ import anyio
 from typing_extensions import override
 
 from fastapi_channels._tasks import Lane, LaneFull, in_thread
-from fastapi_channels.answers import Answer, ask_application
+from fastapi_channels.answers import Answer, answer_to, ask_application
 from fastapi_channels.application import Channels
 from fastapi_channels.connection import Connection, State
 from fastapi_channels.dependencies import Handshake
@@ -151,7 +151,7 @@ class Session:
 
     def take(self, frame: str | bytes) -> Awaitable[None] | None:
         """Take a frame from the client; returns what to wait for if the inbox is full."""
-        if self.connection.state is not State.OPEN:
+        if self.connection.state not in (State.CONNECTING, State.OPEN):
             return None
         size = len(frame) if isinstance(frame, bytes) or frame.isascii() else len(frame.encode("utf-8", "replace"))
         item: Any
@@ -186,7 +186,11 @@ class Session:
         elif not self._has_complained:
             self._has_complained = True
             logger.info("%s refuses a frame, and may refuse more: %r", type(self.consumer).__qualname__, answer.code)
-        await self.consumer._send_error(answer.errors, action, request_id)
+        try:
+            await self.consumer._send_error(answer.errors, action, request_id)
+        except ValueError as failure:  # the application's own error is not for JSON
+            logger.error("%s raised what a client can't be told", type(self.consumer).__qualname__, exc_info=failure)
+            await self.consumer._send_error(answer_to(failure).errors, action, request_id)
 
     # Events
 

@@ -83,12 +83,13 @@ class Envelope:
 
 def _with_base64(message: Message) -> Message:
     """The event that writes a frame, with its bytes as they travel."""
-    data = message.get("bytes") if isinstance(message, Mapping) else getattr(message, "bytes", None)
+    content = message if isinstance(message, Mapping) else dict(message)
+    data = content.get("bytes")
     if data is None:
         return message
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InvalidMessage(f"the bytes of {SEND} are bytes, not {type(data).__name__}")
-    return {"type": SEND, "bytes": base64.b64encode(data).decode()}
+    return {**content, "bytes": base64.b64encode(data).decode()}
 
 
 def _shown(message: object) -> str:

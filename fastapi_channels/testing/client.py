@@ -202,10 +202,11 @@ class WebSocketSession:
             self._frames.append(message)
         elif kind == "websocket.close":
             code, reason = message.get("code", 1000), message.get("reason") or ""
-            if len(reason.encode()) > MAX_REASON:
-                raise ValueError(f"a close reason has at most {MAX_REASON} bytes, not {len(reason.encode())}")
             if not self.accepted:
                 self.response = RefusedResponse(403)
+                reason = str(reason)  # FastAPI's is a list; servers don't look at it
+            elif len(reason.encode()) > MAX_REASON:
+                raise ValueError(f"a close reason has at most {MAX_REASON} bytes, not {len(reason.encode())}")
             self._to_app.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
             self._close(code, reason)
         elif kind == "websocket.http.response.start":
