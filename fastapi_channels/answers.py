@@ -131,7 +131,7 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
 
 
 async def answer_view(request: Request, error: Exception) -> Response:
-    """The exception handler that `add_channel` gives HTTP views for what a layer raises."""
+    """The exception handler that `add_channel` gives an application for our own errors."""
     answer = answer_to(error)
     return JSONResponse({"detail": answer.detail}, answer.status_code, answer.headers)
 

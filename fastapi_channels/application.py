@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_channels import _fastapi
 from fastapi_channels.answers import answer_view
-from fastapi_channels.exceptions import InvalidGroupName, LayerUnavailable, SettingsError
+from fastapi_channels.exceptions import ConsumerError, InvalidGroupName, LayerUnavailable, SettingsError
 from fastapi_channels.layers import ChannelLayer, make_layer
 from fastapi_channels.settings import ChannelsSettings
 
@@ -139,8 +139,9 @@ def add_channel(
     Args:
         app: The FastAPI application.
         settings: The settings module or its dotted path.
-        add_exception_handlers: Whether HTTP views answer `InvalidGroupName` with 422 and `LayerUnavailable` with 503,
-            where the application has no handler of its own for them.
+        add_exception_handlers: Whether views, and dependencies around a consumer's route, may raise `ConsumerError`,
+            `InvalidGroupName` and `LayerUnavailable` and have them answered (403, 422, 503), where the application has
+            no handler of its own for them.
         options: Every setting in lower case, such as `channel_layers={"default": "memory://"}`; stronger than the
             environment and the module.
 
@@ -158,7 +159,7 @@ def add_channel(
     app.add_middleware(ChannelsMiddleware, channels=channels)
     app.state.channels = channels
     if add_exception_handlers:
-        for error in (InvalidGroupName, LayerUnavailable):
+        for error in (ConsumerError, InvalidGroupName, LayerUnavailable):
             app.exception_handlers.setdefault(error, answer_view)
 
     @asynccontextmanager

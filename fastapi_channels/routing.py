@@ -67,8 +67,14 @@ class ConsumerRouter(APIRouter):
             dependencies: Carried out before those of `connect`, for what they do and not for what they give.
         """
         consumer = with_attributes(entry.consumer, entry.init)
-        name = entry.name or consumer.__name__
-        self.add_api_websocket_route(entry.path, make_endpoint(consumer), name, dependencies=list(dependencies))
+        endpoint: Any = make_endpoint(consumer)
+        own = self.dependencies
+        self.dependencies = [endpoint.session, *own]  # first of all, so that what the others raise is answered by it
+        try:
+            name = entry.name or consumer.__name__
+            self.add_api_websocket_route(entry.path, endpoint, name, dependencies=list(dependencies))
+        finally:
+            self.dependencies = own
 
     def consumer(
         self, path: str, name: str | None = None, *, dependencies: Sequence[Depends] = (), **init: Any

@@ -92,13 +92,16 @@ class WebSocketConsumer:
         for name in _NOT_YET:
             if getattr(cls, name, None) is not None:
                 raise DefinitionError(f"{cls.__name__}.{name} is not supported by this version of fastapi-channels")
-        if isinstance(cls.groups, str):
-            raise DefinitionError(f"{cls.__name__}.groups is a list of names, not one name")
+        if isinstance(cls.groups, str) or not isinstance(cls.groups, Collection):
+            raise DefinitionError(f"{cls.__name__}.groups is a list of names, not {cls.groups!r}")
         if isinstance(cls.forward_events, str):
             raise DefinitionError(f"{cls.__name__}.forward_events is a list of types or True, not one type")
+        marks = list(marked(cls, EventMark, API))
+        for group in cls.groups:
+            checked_name(group)
         plans: dict[str, Plan] = {}
         claimed: dict[str, str] = {}
-        for attribute, function, mark in marked(cls, EventMark, API):
+        for attribute, function, mark in marks:
             kind = mark.type or attribute.replace("_", ".")
             if kind in plans:
                 raise DefinitionError(f"{cls.__name__}: {claimed[kind]} and {attribute} both handle {kind!r}")
@@ -106,8 +109,6 @@ class WebSocketConsumer:
             if plan.is_stream:
                 raise DefinitionError(f"{cls.__name__}.{attribute} handles an event and can't be a generator")
             plans[kind], claimed[kind] = plan, attribute
-        for group in cls.groups:
-            checked_name(group)
         cls._event_plans = plans
         cls._is_forwarded = dict.fromkeys(() if isinstance(cls.forward_events, bool) else cls.forward_events, True)
         if both := sorted(cls._is_forwarded.keys() & plans.keys()):
@@ -329,9 +330,9 @@ class WebSocketConsumer:
         Args:
             init: Attributes of the class to set on each instance.
         """
-        from fastapi_channels.consumers.endpoint import as_asgi  # the endpoint needs this class
+        from fastapi_channels.consumers.endpoint import ConsumerApp, with_attributes  # which need this class
 
-        return as_asgi(cls, init)
+        return ConsumerApp(with_attributes(cls, init))
 
     # What the session asks; not for applications
 

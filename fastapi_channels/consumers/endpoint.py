@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from fastapi import Depends, Path
 from fastapi.routing import APIWebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from fastapi_channels import _fastapi
@@ -32,7 +32,7 @@ from fastapi_channels.dependencies import (
 )
 from fastapi_channels.exceptions import DefinitionError
 
-__all__ = ["as_asgi", "make_endpoint", "with_attributes"]
+__all__ = ["ConsumerApp", "make_endpoint", "with_attributes"]
 
 _SESSION = "fastapi_channels_session"
 _HANDSHAKE = "fastapi_channels_handshake_"
@@ -75,8 +75,8 @@ def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str]
         return session.serve(values)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    session_type = Annotated[Session, Depends(_session_dependency(consumer))]
-    parameters = [inspect.Parameter(_SESSION, keyword, annotation=session_type)]
+    session = Depends(_session_dependency(consumer))
+    parameters = [inspect.Parameter(_SESSION, keyword, annotation=Annotated[Session, session])]
     for name, call in names.items():
         asked = Annotated[dict[str, Any], Depends(handshake_parameters(call))]
         parameters.append(inspect.Parameter(name, keyword, annotation=asked))
@@ -85,7 +85,7 @@ def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str]
     endpoint.__name__ = consumer.__name__
     endpoint.__qualname__ = consumer.__qualname__
     endpoint.__doc__ = consumer.__doc__
-    endpoint.consumer_class = consumer  # type: ignore[attr-defined]
+    endpoint.session = session  # type: ignore[attr-defined]
     endpoint.check_settings = lambda channels: channels.layer(consumer.channel_layer_alias)  # type: ignore[attr-defined]
     return endpoint
 
@@ -145,23 +145,28 @@ def _limits(consumer: type[WebSocketConsumer], channels: Channels) -> Limits:
     )
 
 
-def as_asgi(consumer: type[WebSocketConsumer], attributes: Mapping[str, Any]) -> ASGIApp:
-    """A consumer as an ASGI application; see `WebSocketConsumer.as_asgi`."""
-    consumer = with_attributes(consumer, attributes)
-    make_endpoint(consumer)  # what is wrong with the class is wrong now, and not at a connection
-    routes: dict[tuple[Any, frozenset[str]], APIWebSocketRoute] = {}
+class ConsumerApp:
+    """A consumer as an ASGI application; `WebSocketConsumer.as_asgi` makes it.
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    An object and not a function, which Starlette's routes would take for a view.
+    """
+
+    def __init__(self, consumer: type[WebSocketConsumer]) -> None:
+        self.consumer = consumer
+        self._routes: dict[tuple[Any, frozenset[str]], APIWebSocketRoute] = {}
+        self._route(None, frozenset())  # what is wrong with the class is wrong now, and not at a connection
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one connection."""
         if scope["type"] != "websocket":
-            raise RuntimeError(f"{consumer.__qualname__} serves WebSockets, not {scope['type']!r}")
-        path_params = frozenset(scope.get("path_params", {}))
-        outer = scope.get("app")
-        key = outer, path_params
-        if key not in routes:
-            provider = outer if hasattr(outer, "dependency_overrides") else None
-            routes[key] = APIWebSocketRoute(
-                "/", make_endpoint(consumer, path_params), dependency_overrides_provider=provider
-            )
-        await routes[key].handle(scope, receive, send)
+            raise RuntimeError(f"{self.consumer.__qualname__} serves WebSockets, not {scope['type']!r}")
+        route = self._route(scope.get("app"), frozenset(scope.get("path_params", {})))
+        return route.handle(scope, receive, send)
 
-    return app
+    def _route(self, outer: Any, path_params: frozenset[str]) -> APIWebSocketRoute:
+        key = outer, path_params
+        if key not in self._routes:
+            provider = outer if hasattr(outer, "dependency_overrides") else None
+            endpoint = make_endpoint(self.consumer, path_params)
+            self._routes[key] = APIWebSocketRoute("/", endpoint, dependency_overrides_provider=provider)
+        return self._routes[key]

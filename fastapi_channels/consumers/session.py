@@ -117,11 +117,11 @@ class Session:
             connection.context = connection.crew.context()
             await connection.run(self._connect(values), self.take)
             connection.context = self._context = connection.crew.context()
-        if connection.state in (State.CONNECTING, State.OPEN):
-            for group in type(self.consumer).groups:
-                await self.layer.group_add(group, self.channel_name)
-        if connection.state is State.CONNECTING:
-            await self.accept()
+            if connection.state in (State.CONNECTING, State.OPEN):
+                for group in type(self.consumer).groups:
+                    await self.layer.group_add(group, self.channel_name)
+            if connection.state is State.CONNECTING:
+                await self.accept()
         if self._frames is not None:
             self._frames.open(self._context)
 
@@ -143,6 +143,7 @@ class Session:
 
     async def accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         """Answer the handshake with yes; the events that have come meanwhile follow."""
+        self.connection.context = self.connection.crew.context()
         await self.connection.accept(subprotocol, headers)
         if self.connection.lane is not None:
             self.connection.lane.open(self.connection.context)
