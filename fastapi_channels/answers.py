@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -53,6 +53,7 @@ class Answer:
         headers: Of the HTTP response.
         is_expected: Whether the error was raised to be told; any other belongs into the log.
         response: What the application's own exception handler made of it.
+        body: Of the HTTP response; by default it is `{"detail": ...}`, as FastAPI has it.
     """
 
     status_code: int
@@ -63,6 +64,15 @@ class Answer:
     headers: Mapping[str, str] | None = None
     is_expected: bool = True
     response: Response | None = None
+    body: Mapping[str, Any] | None = None
+
+    def to_response(self) -> Response:
+        """The HTTP response that refuses a handshake, or that a view gives.
+
+        Raises:
+            TypeError: The error carries what JSON can't hold.
+        """
+        return self.response or JSONResponse(self.body or {"detail": self.detail}, self.status_code, self.headers)
 
     @property
     def errors(self) -> dict[str, Any]:
@@ -94,7 +104,8 @@ def status_code_of(close_code: int) -> int:
 def refusal(close_code: int, reason: str = "") -> Answer:
     """How a handshake is refused with a close code."""
     status_code = status_code_of(close_code)
-    return Answer(status_code, close_code, f"close_{close_code}", reason or HTTPStatus(status_code).phrase)
+    code = _ERROR_CODES.get(status_code, "error")
+    return Answer(status_code, close_code, code, reason or HTTPStatus(status_code).phrase)
 
 
 def _of_status(status_code: int, detail: Any, headers: Mapping[str, str] | None = None) -> Answer:
@@ -111,7 +122,9 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
     """
     match error:
         case ConsumerError():
-            return Answer(error.status_code, error.close_code, error.code, error.detail, error.extra)
+            close_code = close_code_of(error.status_code)
+            body = {"detail": error.detail, "code": error.code, **error.extra}
+            return Answer(error.status_code, close_code, error.code, error.detail, error.extra, body=body)
         case HTTPException():
             return _of_status(error.status_code, error.detail, error.headers)
         case WebSocketException():
@@ -132,8 +145,7 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
 
 async def answer_view(request: Request, error: Exception) -> Response:
     """The exception handler that `add_channel` gives an application for our own errors."""
-    answer = answer_to(error)
-    return JSONResponse({"detail": answer.detail}, answer.status_code, answer.headers)
+    return answer_to(error).to_response()
 
 
 async def ask_application(websocket: WebSocket, error: Exception) -> Answer:
@@ -153,11 +165,9 @@ async def ask_application(websocket: WebSocket, error: Exception) -> Answer:
         logger.exception("the exception handler for %s failed", type(error).__qualname__)
         return answer
     if not isinstance(response, Response):
-        return Answer(answer.status_code, answer.close_code, answer.code, answer.detail, answer.extra, answer.headers)
-    mapped = _of_status(response.status_code, _detail(response))
-    return Answer(
-        mapped.status_code, mapped.close_code, mapped.code, mapped.detail, headers=answer.headers, response=response
-    )
+        return replace(answer, is_expected=True)
+    mapped = _of_status(response.status_code, _detail(response), answer.headers)
+    return replace(mapped, response=response)
 
 
 def _detail(response: Response) -> Any:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
-from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from typing_extensions import override
 
@@ -178,14 +177,15 @@ class Connection(Sink):
         self.end(answer.close_code, answer.reason)
         try:
             await self._answer_no(answer)
-        except Exception as error:
-            logger.debug("a refusal could not be sent", exc_info=error)
+        except (OSError, WebSocketDisconnect) as error:
+            logger.debug("the client went away before it was refused", exc_info=error)
+        except Exception:
+            logger.exception("a refusal could not be sent")
 
     async def _answer_no(self, answer: Answer) -> None:
         websocket = self.websocket
         if self.limits.reject_mode == "http" and "websocket.http.response" in websocket.scope.get("extensions", {}):
-            response = answer.response or JSONResponse({"detail": answer.detail}, answer.status_code, answer.headers)
-            await websocket.send_denial_response(response)
+            await websocket.send_denial_response(answer.to_response())
             await self._until_gone()
             return
         if self.limits.reject_mode == "close":

@@ -70,10 +70,8 @@ class ConsumerError(ChannelsError):
     """
 
     code: str = "error"
-    #: The HTTP status of a refused handshake.
+    #: The HTTP status of a refused handshake, from which follows the close code where there is one instead.
     status_code: ClassVar[int] = 403
-    #: The close code of a connection that ends by this error.
-    close_code: ClassVar[int] = 4500
 
     def __init__(self, detail: str = "", *, code: str | None = None, **extra: Any) -> None:
         super().__init__(detail)

@@ -144,7 +144,9 @@ class ActionConsumer(JsonConsumer):
         request = _Request(name if isinstance(name, str) else None, request_id, data)
         if not isinstance(name, str):
             request.error = InvalidFrame("a frame has an action, which is a string")
-        elif name == CANCEL and request_id is not _ABSENT:
+        elif name == CANCEL and request_id is _ABSENT:
+            request.error = InvalidFrame("$cancel needs the request_id of the call to end")
+        elif name == CANCEL:
             self._cancel(request_id)
             return DEALT_WITH
         else:

@@ -6,9 +6,9 @@ import inspect
 import logging
 import types
 from collections.abc import Awaitable, Collection, Hashable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import ASGIApp, Scope
 from starlette.websockets import WebSocket
@@ -19,11 +19,11 @@ from fastapi_channels.consumers.blocking import SyncConsumer
 from fastapi_channels.consumers.marks import EventMark, marked
 from fastapi_channels.consumers.session import Session, checked_close_code
 from fastapi_channels.dependencies import Plan
-from fastapi_channels.exceptions import DefinitionError, InvalidFrame
+from fastapi_channels.exceptions import DefinitionError, InvalidFrame, InvalidGroupName
 from fastapi_channels.layers import ChannelLayer, Message, Receipt
 from fastapi_channels.layers.envelope import encode
 from fastapi_channels.layers.names import checked_name
-from fastapi_channels.settings import OverflowPolicy, RejectMode
+from fastapi_channels.settings import ChannelsSettings, OverflowPolicy, RejectMode
 
 __all__ = ["WebSocketConsumer"]
 
@@ -45,6 +45,10 @@ _NOT_YET = (
     "presence_id",
     "throttle_classes",
 )
+
+
+#: The settings that a consumer may have in place of the application's.
+OWN_SETTINGS = ("drain_timeout", "max_frame_size", "outbox_bytes", "outbox_frames", "overflow", "reject_mode")
 
 
 class WebSocketConsumer:
@@ -98,7 +102,12 @@ class WebSocketConsumer:
             raise DefinitionError(f"{cls.__name__}.forward_events is a list of types or True, not one type")
         marks = list(marked(cls, EventMark, API))
         for group in cls.groups:
-            checked_name(group)
+            try:
+                checked_name(group)
+            except InvalidGroupName as error:
+                raise DefinitionError(f"{cls.__name__}.groups: {error}") from error
+        for name in OWN_SETTINGS:
+            _check_setting(cls, name)
         plans: dict[str, Plan] = {}
         claimed: dict[str, str] = {}
         for attribute, function, mark in marks:
@@ -252,7 +261,8 @@ class WebSocketConsumer:
         if (text is None) == (bytes is None):
             raise TypeError("send() takes either a text or bytes")
         if text is not None:
-            return await self._write({"type": "websocket.send", "text": text}, len(text))
+            size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+            return await self._write({"type": "websocket.send", "text": text}, size)
         assert bytes is not None
         return await self._write({"type": "websocket.send", "bytes": bytes}, len(bytes))
 
@@ -382,6 +392,18 @@ class WebSocketConsumer:
             f"; {name}() is there, but not marked with @event" if inspect.isroutine(getattr(self, name, None)) else ""
         )
         logger.error("%s has no handler for the event %r%s", self.__class__.__qualname__, type, hint)
+
+
+def _check_setting(cls: type[WebSocketConsumer], name: str) -> None:
+    value = getattr(cls, name)
+    if value is None:
+        return
+    field = ChannelsSettings.model_fields[name]
+    try:
+        annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise DefinitionError(f"{cls.__name__}.{name}: {error.errors()[0]['msg']}") from None
 
 
 def _count_arguments(cls: type[WebSocketConsumer]) -> int:

@@ -122,6 +122,8 @@ class Session:
                     await self.layer.group_add(group, self.channel_name)
             if connection.state is State.CONNECTING:
                 await self.accept()
+        if connection.lane is not None:
+            connection.lane.context = self._context  # it may have been opened by an accept() in the midst of connect
         if self._frames is not None:
             self._frames.open(self._context)
 
