@@ -24,6 +24,19 @@ def app_with(*consumers: type[WebSocketConsumer], **options: Any) -> FastAPI:
     return app
 
 
+async def until(is_so: Callable[[], bool], timeout: float = 5.0) -> None:
+    """Wait for what nobody tells of.
+
+    Raises:
+        TimeoutError: It is not so within `timeout` seconds.
+    """
+    for _ in range(round(timeout / 0.005)):
+        if is_so():
+            return
+        await asyncio.sleep(0.005)
+    raise TimeoutError
+
+
 @dataclass(frozen=True)
 class Served:
     """An application under uvicorn, in the test's own event loop."""
@@ -58,9 +71,8 @@ async def serve() -> AsyncIterator[Serve]:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         port = listener.getsockname()[1]
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            assert not task.done(), "the application did not start"
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started or task.done())
+        assert server.started, "the application did not start"
         started.append(Served(f"ws://127.0.0.1:{port}", port, server, task))
         return started[-1]
 

@@ -216,7 +216,8 @@ class WebSocketSession:
             content = self.response.content + message.get("body", b"")
             self.response = RefusedResponse(self.response.status_code, self.response.headers, content)
             if not message.get("more_body", False):
-                self._to_app.put_nowait({"type": "websocket.disconnect", "code": 1006})
+                for _ in range(2):  # as uvicorn: when the response is sent, and when the connection is lost
+                    self._to_app.put_nowait({"type": "websocket.disconnect", "code": 1006})
                 self._close(1006, "")
         self._news.set()
 
