@@ -168,7 +168,8 @@ class Crew:
                                 if rest is not None:
                                     await rest
                             turn -= 1
-                            is_changed = not _is_equal(copy_context(), context)
+                            # A task that was cancelled, by its handler perhaps, is no good for another one.
+                            is_changed = task.cancelling() > 0 or not _is_equal(copy_context(), context)
                             if is_changed or lane._waiting is None or not turn:
                                 break
                             if self._worker is not task:

@@ -72,11 +72,20 @@ class Channels:
         """Whether all layers are open on the running event loop."""
         return all(layer.is_open for layer in self.layers.values())
 
+    @property
+    def is_running(self) -> bool:
+        """Whether all layers are open on an event loop that runs; to be asked from any thread."""
+        return all(layer.is_running for layer in self.layers.values())
+
     async def open(self) -> None:
         """Open the layers that are not open on the running event loop."""
-        for layer in self.layers.values():
-            if not layer.is_open:
-                await self._opened.enter_async_context(layer)
+        try:
+            for layer in self.layers.values():
+                if not layer.is_open:
+                    await self._opened.enter_async_context(layer)
+        except BaseException:
+            await self.close()
+            raise
         _open.add(self)
 
     async def close(self) -> None:
@@ -196,7 +205,7 @@ def get_channel_layer(alias: str = "default") -> ChannelLayer:
     """
     channels = _current.get(None)
     if channels is None:
-        running = list(_open)
+        running = [channels for channels in _open if channels.is_running]
         if not running:
             raise SettingsError("no application with channels is running here; get_channel_layer needs one")
         if len(running) > 1:

@@ -12,6 +12,7 @@ resolves that when the connection opens (`handshake_dependencies`), and each cal
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 import typing
@@ -42,6 +43,7 @@ __all__ = [
     "signature_of",
 ]
 
+#: What dependencies asked of the handshake, by the dependency.
 Handshake = Mapping[Callable[..., Any], Mapping[str, Any]]
 
 _NO_DATA = inspect.Parameter.empty
@@ -53,7 +55,7 @@ def signature_of(function: Callable[..., Any], *, owner: type | None = None) -> 
     Raises:
         DefinitionError: An annotation names what can't be found.
     """
-    call = function if inspect.isroutine(function) or inspect.isclass(function) else type(function).__call__
+    call = _called(function)
     annotated = call.__init__ if inspect.isclass(call) else call
     signature = inspect.signature(function)
     hints = dict(getattr(inspect.unwrap(annotated), "__annotations__", {}))
@@ -313,12 +315,22 @@ def handshake_parameters(call: Callable[..., Any]) -> Callable[..., dict[str, An
 
 
 def _kind(call: Callable[..., Any]) -> str:
-    inspected = call if inspect.isroutine(call) or inspect.isclass(call) else type(call).__call__
+    inspected = _called(call)
     if inspect.isasyncgenfunction(inspected):
         return "async generator"
     if inspect.isgeneratorfunction(inspected):
         return "generator"
     return "coroutine" if inspect.iscoroutinefunction(inspected) else "function"
+
+
+def _called(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The function or class behind a callable: of a partial, of an object with `__call__`, or itself."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    if inspect.isroutine(call) or inspect.isclass(call):
+        return call
+    behind: Callable[..., Any] = type(call).__call__
+    return behind
 
 
 def _field(parameter: inspect.Parameter) -> Any:

@@ -11,6 +11,7 @@ from fastapi.params import Depends
 
 from fastapi_channels.consumers import WebSocketConsumer
 from fastapi_channels.consumers.endpoint import make_endpoint, with_attributes
+from fastapi_channels.exceptions import DefinitionError
 
 __all__ = ["ConsumerRoute", "ConsumerRouter", "route"]
 
@@ -66,6 +67,8 @@ class ConsumerRouter(APIRouter):
             entry: Made by `route`.
             dependencies: Carried out before those of `connect`, for what they do and not for what they give.
         """
+        if not isinstance(entry, ConsumerRoute):
+            raise DefinitionError(f"an entry of the table is made by route(), not {entry!r}")
         consumer = with_attributes(entry.consumer, entry.init)
         endpoint: Any = make_endpoint(consumer)
         own = self.dependencies

@@ -62,7 +62,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """Start uvicorn with an application on a free port: `await serve(app)`, with more of its settings if need be."""
+    """Start uvicorn with an application on a free port, and end it after the test."""
     started: list[Served] = []
 
     async def start(app: Any, **settings: Any) -> Served:

@@ -205,6 +205,7 @@ NOT_A_FRAME: list[Any] = [
     pytest.param(b"\xff\xfe", "invalid_frame", id="not UTF-8"),
     pytest.param(b"\x00" * 100, "invalid_frame", id="zeros"),
     pytest.param(b"", "invalid_frame", id="empty binary"),
+    pytest.param('{"action": "$cancel"}', "invalid_frame", id="$cancel of nothing"),
     pytest.param('{"action": ""}', "unknown_action", id="empty action"),
     pytest.param('{"action": "pong"}', "unknown_action", id="unknown action"),
     pytest.param('{"action": "Ping"}', "unknown_action", id="other case"),
@@ -214,7 +215,7 @@ NOT_A_FRAME: list[Any] = [
         pytest.param(json.dumps({"action": name, "self": 1, "scope": 1, "code": 4100}), "unknown_action", id=name)
         for name in (
             *("connect", "__init__", "close", "disconnect", "receive", "send", "send_json", "group_add", "accept"),
-            *("_parse_frame", "_session", "__class__", "as_asgi", "actions", "sync", "calls", "$nothing", "$cancel"),
+            *("_parse_frame", "_session", "__class__", "as_asgi", "actions", "sync", "calls", "$nothing"),
         )
     ),
 ]

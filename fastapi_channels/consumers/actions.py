@@ -6,14 +6,14 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from fastapi_channels._tasks import in_thread, not_cancelled, run_blocking
+from fastapi_channels._tasks import in_thread, not_cancelled
 from fastapi_channels.consumers.base import API
 from fastapi_channels.consumers.json import JsonConsumer
 from fastapi_channels.consumers.marks import ActionMark, marked
@@ -26,6 +26,7 @@ __all__ = ["Action", "ActionConsumer"]
 CANCEL: Final = "$cancel"
 
 _ABSENT: Final = inspect.Parameter.empty
+_OVER: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,29 +262,28 @@ class ActionConsumer(JsonConsumer):
                         if not await send_part(item):
                             break
             else:
-                await _stream_from_thread(generator, send_part, self._connection.crew.loop)
+                await _stream_from_thread(generator, send_part)
         return None
 
 
-async def _stream_from_thread(
-    generator: Iterator[Any], send_part: Callable[[Any], Coroutine[Any, Any, bool]], loop: asyncio.AbstractEventLoop
-) -> None:
-    """Run a plain generator in a thread, from its first line to its cleanup, and send what it yields.
+async def _stream_from_thread(generator: Generator[Any, Any, Any], send_part: Callable[[Any], Awaitable[bool]]) -> None:
+    """Send what a plain generator yields; it runs in the thread pool, item by item, and so does its cleanup."""
+    at_work = threading.Lock()  # a thread that was left behind by a cancellation may still be at an item
 
-    Cancelling is safe: the thread ends it after the item that it is at.
-    """
-    is_over = threading.Event()
+    def step() -> Any:
+        with at_work:
+            return next(generator, _OVER)
 
-    def run() -> None:
-        with closing(generator):  # type: ignore[type-var]
-            for item in generator:
-                if is_over.is_set() or not run_blocking(loop, send_part(item)):
-                    break
+    def close() -> None:
+        with at_work:
+            generator.close()
 
     try:
-        await in_thread(run)
+        while (item := await in_thread(step)) is not _OVER:
+            if not await send_part(item):
+                break
     finally:
-        is_over.set()
+        await in_thread(close)
 
 
 def _check_cancelled(request: _Request) -> None:

@@ -47,12 +47,18 @@ def with_attributes(consumer: type[WebSocketConsumer], attributes: Mapping[str, 
     if not (isinstance(consumer, type) and issubclass(consumer, WebSocketConsumer)):
         raise DefinitionError(f"a route needs a consumer class, not {consumer!r}")
     for name in attributes:
-        if name.startswith("_") or not hasattr(consumer, name):
+        if name.startswith("_") or not hasattr(consumer, name) or _is_api(name):
             raise DefinitionError(f"{consumer.__name__} has no attribute {name!r} that a route could set")
     if not attributes:
         return consumer
     namespace = {"__module__": consumer.__module__, "__qualname__": consumer.__qualname__, **attributes}
     return types.new_class(consumer.__name__, (consumer,), exec_body=lambda body: body.update(namespace))
+
+
+def _is_api(name: str) -> bool:
+    """Whether a name is a hook, a method or a property of every consumer."""
+    value = vars(WebSocketConsumer).get(name)
+    return callable(value) or isinstance(value, (property, classmethod))
 
 
 def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str] = frozenset()) -> Callable[..., Any]:

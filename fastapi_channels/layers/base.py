@@ -11,7 +11,8 @@ import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Iterator, KeysView
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, KeysView
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, final
@@ -53,6 +54,12 @@ class Receipt:
 
 
 @dataclass(slots=True)
+class _Turn:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
+@dataclass(slots=True)
 class _Attached:
     sink: Sink
     groups: dict[str, None] = field(default_factory=dict)
@@ -87,6 +94,8 @@ class ChannelLayer(ABC):
         self._sweep_at = SWEEP
         self._attached: dict[str, _Attached] = {}
         self._groups: dict[str, dict[str, Sink]] = {}
+        self._subscribed: set[str] = set()
+        self._turns: dict[str, _Turn] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crew: Crew | None = None
 
@@ -96,6 +105,11 @@ class ChannelLayer(ABC):
     def is_open(self) -> bool:
         """Whether it can carry messages on the running event loop."""
         return self._loop is not None and self._loop is asyncio.get_running_loop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is open on an event loop that runs; to be asked from any thread."""
+        return self._loop is not None and self._loop.is_running()
 
     async def open(self) -> None:
         """Make it ready on the running event loop; does nothing if it is."""
@@ -111,6 +125,8 @@ class ChannelLayer(ABC):
                 attached.sink.end(closed())
         self._attached.clear()
         self._groups.clear()
+        self._subscribed.clear()
+        self._turns.clear()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -234,11 +250,19 @@ class ChannelLayer(ABC):
         member = self._member(channel)
         if group in member.groups:
             return
-        if group not in self._groups:
-            await self._subscribe(group)
-        if self._attached.get(channel) is member:  # it may have ended meanwhile
-            self._groups.setdefault(group, {})[channel] = member.sink
+        if group in self._groups:
+            self._groups[group][channel] = member.sink
             member.groups[group] = None
+            return
+        async with self._turn_of(group):
+            if group not in self._subscribed:
+                await self._subscribe(group)
+                self._subscribed.add(group)
+            if self._attached.get(channel) is member:  # it may have ended meanwhile
+                self._groups.setdefault(group, {})[channel] = member.sink
+                member.groups[group] = None
+            else:
+                await self._subscribe_no_more(group)
 
     @final
     async def group_discard(self, group: str, channel: str) -> None:
@@ -382,6 +406,25 @@ class ChannelLayer(ABC):
         members.pop(channel, None)
         if not members:
             del self._groups[group]
+            async with self._turn_of(group):
+                await self._subscribe_no_more(group)
+
+    @asynccontextmanager
+    async def _turn_of(self, group: str) -> AsyncIterator[None]:
+        """Change the subscription of a group; one at a time, so that the last change is what counts."""
+        turn = self._turns.setdefault(group, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users and self._turns.get(group) is turn:
+                del self._turns[group]
+
+    async def _subscribe_no_more(self, group: str) -> None:
+        if group not in self._groups and group in self._subscribed:
+            self._subscribed.discard(group)
             await self._unsubscribe(group)
 
     def _drop_abandoned(self) -> None:

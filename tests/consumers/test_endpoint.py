@@ -271,14 +271,16 @@ async def test_a_dependency_of_a_router_may_refuse(reject_mode: Any, error: Exce
             self.notes.append("connect")
 
     Chat.reject_mode = reject_mode
-    app = app_at("/ws", Chat, dependencies=[Depends(refusing)])
+    app = FastAPI()
+    add_channel(app)
+    app.include_router(ConsumerRouter([route("/ws", Chat)], dependencies=[Depends(refusing)]))
     async with connect(app, "/ws") as ws:
         if reject_mode == "http":
             assert ws.response is not None
             assert ws.response.status_code == (401 if isinstance(error, HTTPException) else 403)
         else:
             assert ws.accepted
-            assert (await ws.closed())[0] == (4501 if isinstance(error, HTTPException) else 4500)
+            assert (await ws.closed())[0] == (4501 if isinstance(error, HTTPException) else 4503)
     assert notes == []
 
 
