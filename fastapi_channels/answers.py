@@ -122,7 +122,7 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
     """
     match error:
         case ConsumerError():
-            close_code = close_code_of(error.status_code)
+            close_code = error.close_code or close_code_of(error.status_code)
             body = {"detail": error.detail, "code": error.code, **error.extra}
             return Answer(error.status_code, close_code, error.code, error.detail, error.extra, body=body)
         case HTTPException():

@@ -70,8 +70,10 @@ class ConsumerError(ChannelsError):
     """
 
     code: str = "error"
-    #: The HTTP status of a refused handshake, from which follows the close code where there is one instead.
+    #: The HTTP status of a refused handshake.
     status_code: ClassVar[int] = 403
+    #: The close code where there is no HTTP response; None for the one that says what the status says.
+    close_code: ClassVar[int | None] = None
 
     def __init__(self, detail: str = "", *, code: str | None = None, **extra: Any) -> None:
         super().__init__(detail)

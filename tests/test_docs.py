@@ -11,6 +11,7 @@ How the code of README.md and docs/*.md is run, by one test for each page:
 """
 
 import ast
+import contextlib
 import importlib
 import inspect
 import json
@@ -150,7 +151,9 @@ class Runner:
     def forget(self) -> None:
         """Have the page's modules imported anew."""
         for name, module in list(sys.modules.items()):
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            places = [getattr(module, "__file__", None)]
+            with contextlib.suppress(KeyError):  # a namespace package whose parent was made way for has no path now
+                places += getattr(module, "__path__", ())
             if any(isinstance(place, str) and Path(place).is_relative_to(self.folder) for place in places):
                 del sys.modules[name]
 
