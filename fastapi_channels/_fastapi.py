@@ -15,7 +15,7 @@ import fastapi.exception_handlers
 import fastapi.routing
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Mount
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "exception_handler",
     "is_async",
     "on_exit",
+    "scope_without_handlers",
     "websocket_endpoints",
 ]
 
@@ -80,6 +81,11 @@ def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
         if handler is not None and getattr(handler, "__module__", None) not in DEFAULT_HANDLERS:
             return handler
     return None
+
+
+def scope_without_handlers(websocket: WebSocket) -> Scope:
+    """The scope of a connection for a route whose errors are the caller's, not the exception handlers'."""
+    return {**websocket.scope, "starlette.exception_handlers": ({}, {})}
 
 
 def is_async(function: Callable[..., Any]) -> bool:

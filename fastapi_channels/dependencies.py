@@ -6,7 +6,7 @@ classes, `use_cache`, `Security` and `SecurityScopes`, `yield`, plain functions 
 `app.dependency_overrides`. Dependencies with `yield` are closed after each call.
 
 What a dependency asks of the handshake (path, query, header, cookie) does not change from frame to frame: FastAPI
-resolves that when the connection opens (`handshake_dependencies`), and each call gets the same values.
+reads that at the first call on a connection (`HandshakeReader`), and each later call gets the same values.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
 
 from fastapi import BackgroundTasks, Request, Response, params
 from fastapi.concurrency import contextmanager_in_threadpool
+from fastapi.exceptions import FastAPIError
 from fastapi.security import SecurityScopes
 from pydantic import BaseModel, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -31,6 +32,7 @@ from starlette.websockets import WebSocket
 
 from fastapi_channels._tasks import in_thread
 from fastapi_channels.exceptions import DefinitionError, InvalidData
+from fastapi_channels.handshake import HandshakeReader
 from fastapi_channels.layers import Envelope
 
 __all__ = [
@@ -38,13 +40,12 @@ __all__ = [
     "Plan",
     "asks_impossible",
     "depends_of",
-    "handshake_parameters",
     "is_websocket",
     "signature_of",
 ]
 
 #: What dependencies asked of the handshake, by the dependency.
-Handshake = Mapping[Callable[..., Any], Mapping[str, Any]]
+Handshake = dict[Callable[..., Any], Mapping[str, Any]]
 
 _NO_DATA = inspect.Parameter.empty
 
@@ -84,7 +85,7 @@ class _Node:
     dependencies: list[tuple[str, _Node]]
     websocket: Sequence[str]
     scopes: Mapping[str, SecurityScopes]
-    wants_handshake: bool
+    reader: HandshakeReader | None
     use_cache: bool
     key: tuple[Any, ...]
     kind: str
@@ -95,7 +96,9 @@ class _Node:
         arguments: dict[str, Any] = dict(self.scopes)
         for name in self.websocket:
             arguments[name] = context.websocket
-        if self.wants_handshake:
+        if self.reader is not None:
+            if self.call not in context.handshake:
+                context.handshake[self.call] = await self.reader.read(context.websocket)
             arguments.update(context.handshake[self.call])
         for name, dependency in self.dependencies:
             arguments[name] = await dependency.solve(context)
@@ -183,15 +186,6 @@ class Plan:
     def _tree(self, overrides: Mapping[Any, Any]) -> list[tuple[str, _Node]]:
         return [(name, _node(depends, kind, (), overrides)) for name, depends, kind in self._dependencies]
 
-    def handshake_dependencies(self) -> Iterator[Callable[..., Any]]:
-        """The dependencies of this plan that ask something of the handshake."""
-        waiting = [node for _, node in self._nodes]
-        while waiting:
-            node = waiting.pop()
-            if node.wants_handshake:
-                yield node.call
-            waiting.extend(dependency for _, dependency in node.dependencies)
-
     def validate(self, data: Any = _NO_DATA) -> Any:
         """What the handler's data parameter gets of a frame's data; absent data gives its default.
 
@@ -275,7 +269,7 @@ def _node(depends: params.Depends, annotation: Any, scopes: tuple[str, ...], ove
     dependencies: list[tuple[str, _Node]] = []
     websocket: list[str] = []
     security: dict[str, SecurityScopes] = {}
-    wants_handshake = False
+    asked: list[inspect.Parameter] = []
     for parameter in signature_of(call).parameters.values():
         inner = depends_of(parameter)
         if inner is not None:
@@ -287,31 +281,13 @@ def _node(depends: params.Depends, annotation: Any, scopes: tuple[str, ...], ove
         elif why := asks_impossible(parameter):
             raise DefinitionError(f"the dependency {_name(call)}, parameter {parameter.name!r}: {why}")
         else:
-            wants_handshake = True
-    if wants_handshake and call is not declared:
-        raise DefinitionError(
-            f"{_name(call)}, an override of {_name(declared)}, asks something of the handshake, which has been "
-            "answered when a handler is called"
-        )
+            asked.append(parameter)
+    try:
+        reader = HandshakeReader(asked) if asked else None
+    except (FastAPIError, AssertionError) as error:
+        raise DefinitionError(f"the dependency {_name(call)}: {error}") from error
     key = (call, scopes if security or dependencies else ())
-    return _Node(call, dependencies, websocket, security, wants_handshake, bool(depends.use_cache), key, _kind(call))
-
-
-def handshake_parameters(call: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """A dependency for FastAPI that gives what `call` asks of the handshake, as a dict."""
-
-    def asked(**values: Any) -> dict[str, Any]:
-        return values
-
-    parameters = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY)
-        for parameter in signature_of(call).parameters.values()
-        if depends_of(parameter) is None
-        and not is_websocket(parameter)
-        and _bare(parameter.annotation) is not SecurityScopes
-    ]
-    asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return asked
+    return _Node(call, dependencies, websocket, security, reader, bool(depends.use_cache), key, _kind(call))
 
 
 def _kind(call: Callable[..., Any]) -> str:

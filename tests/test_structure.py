@@ -14,7 +14,7 @@ FLOORS = [
     {"exceptions", "_tasks"},
     {"settings"},
     {"layers"},
-    {"_fastapi", "answers", "dependencies"},
+    {"_fastapi", "answers", "handshake", "dependencies"},
     {"application"},
     {"outbox", "connection"},
     {"consumers"},

@@ -127,11 +127,6 @@ class ActionConsumer(JsonConsumer):
             actions[name] = Action(name, plan, mark.concurrency, mark.timeout, mark.deprecated, summary, mark.tags)
         cls.actions = actions
 
-    @classmethod
-    @override
-    def _plans(cls) -> list[Plan]:
-        return [*super()._plans(), *(action.plan for action in cls.actions.values())]
-
     @override
     def _parse_frame(self, frame: str | bytes) -> Any:
         content = super()._parse_frame(frame)

@@ -139,11 +139,6 @@ class WebSocketConsumer:
             raise DefinitionError(f"{cls.__name__}.receive takes data: str, bytes or str | bytes")
         cls._receive_plan, cls._takes = plan, takes
 
-    @classmethod
-    def _plans(cls) -> list[Plan]:
-        """How each handler of the class is called."""
-        return [cls._receive_plan, *cls._event_plans.values()]
-
     # Hooks
 
     if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
-from fastapi import Depends, Path
+from fastapi import Depends
 from fastapi.routing import APIWebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -23,19 +23,13 @@ from fastapi_channels.application import Channels
 from fastapi_channels.connection import Connection, Limits
 from fastapi_channels.consumers.base import WebSocketConsumer
 from fastapi_channels.consumers.session import Session
-from fastapi_channels.dependencies import (
-    asks_impossible,
-    depends_of,
-    handshake_parameters,
-    is_websocket,
-    signature_of,
-)
+from fastapi_channels.dependencies import asks_impossible, signature_of
 from fastapi_channels.exceptions import DefinitionError
+from fastapi_channels.handshake import in_path
 
 __all__ = ["ConsumerApp", "make_endpoint", "with_attributes"]
 
 _SESSION = "fastapi_channels_session"
-_HANDSHAKE = "fastapi_channels_handshake_"
 
 
 def with_attributes(consumer: type[WebSocketConsumer], attributes: Mapping[str, Any]) -> type[WebSocketConsumer]:
@@ -71,21 +65,14 @@ def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str]
     Raises:
         DefinitionError: `connect` asks for what a WebSocket doesn't have.
     """
-    handshake = dict.fromkeys(call for plan in consumer._plans() for call in plan.handshake_dependencies())
-    names = {f"{_HANDSHAKE}{number}": call for number, call in enumerate(handshake)}
 
     def endpoint(**values: Any) -> Awaitable[None]:
         session: Session = values.pop(_SESSION)
-        if names:
-            session.handshake = {call: values.pop(name) for name, call in names.items()}
         return session.serve(values)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     session = Depends(_session_dependency(consumer))
     parameters = [inspect.Parameter(_SESSION, keyword, annotation=Annotated[Session, session])]
-    for name, call in names.items():
-        asked = Annotated[dict[str, Any], Depends(handshake_parameters(call))]
-        parameters.append(inspect.Parameter(name, keyword, annotation=asked))
     parameters += [_connect_parameter(consumer, given, path_params) for given in _connect_signature(consumer)]
     endpoint.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     endpoint.__name__ = consumer.__name__
@@ -108,11 +95,7 @@ def _connect_parameter(
         raise DefinitionError(f"{where}: a hook has no {parameter.kind.description} parameters")
     if why := asks_impossible(parameter):
         raise DefinitionError(f"{where}: {why}")
-    annotation = parameter.annotation
-    is_plain = get_origin(annotation) is not Annotated and depends_of(parameter) is None and not is_websocket(parameter)
-    if parameter.name in path_params and is_plain:
-        annotation = Annotated[str if annotation is parameter.empty else annotation, Path()]
-    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation)
+    return in_path(parameter, path_params).replace(kind=parameter.KEYWORD_ONLY)
 
 
 def _session_dependency(consumer: type[WebSocketConsumer]) -> Callable[[WebSocket], Awaitable[Session]]:

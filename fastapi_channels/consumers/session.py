@@ -56,12 +56,12 @@ class Session:
         "_answer",
         "_context",
         "_frames",
+        "_handshake",
         "_has_complained",
         "channel_name",
         "channels",
         "connection",
         "consumer",
-        "handshake",
         "layer",
         "tasks",
     )
@@ -74,8 +74,7 @@ class Session:
         self.layer = layer
         self.channels = channels
         self.channel_name = ""
-        #: What per-frame dependencies asked of the handshake.
-        self.handshake: Handshake = {}
+        self._handshake: Handshake | None = None
         #: Calls that run beside the frames, as `@action(concurrency=n)` has them.
         self.tasks: set[asyncio.Task[None]] | None = None
         self._frames: FrameLane | None = None
@@ -149,6 +148,13 @@ class Session:
         await self.connection.accept(subprotocol, headers)
         if self.connection.lane is not None:
             self.connection.lane.open(self.connection.context)
+
+    @property
+    def handshake(self) -> Handshake:
+        """What dependencies of handlers have asked of the handshake, for the next call."""
+        if self._handshake is None:
+            self._handshake = {}
+        return self._handshake
 
     # Frames
 
