@@ -6,8 +6,8 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -53,45 +53,51 @@ class Action:
 
 
 class _Request:
-    """A frame that asks for an action, until it has been answered."""
+    """A frame that asks for an action, until it has been answered.
 
-    __slots__ = ("action", "data", "error", "is_cancelled", "is_interrupted", "name", "request_id", "task")
+    As a context manager it is a block of the running task in which `$cancel` finds the request, and which ends when the
+    call is cancelled; the cancellation ends with the block. Code in it that awaits what somebody else has cancelled
+    raises an error out of it.
+    """
 
-    def __init__(self, name: str | None, request_id: Any, data: Any) -> None:
+    __slots__ = ("_calls", "_is_interrupted", "_task", "action", "data", "error", "is_cancelled", "name", "request_id")
+
+    def __init__(self, name: str | None, request_id: Any, data: Any, calls: dict[Any, _Request]) -> None:
         self.name = name
         self.request_id = request_id
         self.data = data
         self.action: Action | None = None
         self.error: Exception | None = None
         self.is_cancelled = False
-        self.is_interrupted = False
-        self.task: asyncio.Task[Any] | None = None
+        self._calls = calls
+        self._is_interrupted = False
+        self._task: asyncio.Task[Any] | None = None
 
     def cancel(self) -> None:
         """End the call as the client wishes; one that has not begun is not begun."""
         self.is_cancelled = True
-        if self.task is not None and not self.is_interrupted:
-            self.is_interrupted = True
-            self.task.cancel()
+        if self._task is not None and not self._is_interrupted:
+            self._is_interrupted = True
+            self._task.cancel()
 
-    @contextmanager
-    def cancellable(self) -> Iterator[None]:
-        """A block of the running task that ends when the call is cancelled; the cancellation ends with it.
+    def __enter__(self) -> None:
+        self._task, self._is_interrupted = asyncio.current_task(), False
+        if self.request_id is not _ABSENT:
+            self._calls[self.request_id] = self
 
-        Code that awaits what somebody else has cancelled raises an error out of it.
-        """
-        task = asyncio.current_task()
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: object) -> bool:
+        task, self._task = self._task, None
         assert task is not None
-        self.task, self.is_interrupted = task, False
-        try:
-            yield
-        except asyncio.CancelledError as error:
-            if not self.is_interrupted or task.cancelling() > 1:
-                raise not_cancelled(error, task) from error
-        finally:
-            self.task = None
-            if self.is_interrupted:
-                task.uncancel()
+        if self._calls.get(self.request_id) is self:
+            del self._calls[self.request_id]
+        is_over = False
+        if isinstance(exc, asyncio.CancelledError):
+            is_over = self._is_interrupted and task.cancelling() == 1
+            if not is_over:
+                raise not_cancelled(exc, task) from exc
+        if self._is_interrupted:
+            task.uncancel()
+        return is_over
 
 
 class ActionConsumer(JsonConsumer):
@@ -137,7 +143,9 @@ class ActionConsumer(JsonConsumer):
         data = content.get("data", content or _ABSENT)
         if request_id is not _ABSENT and not _is_request_id(request_id):
             raise InvalidFrame("a request_id is a string or a number")
-        request = _Request(name if isinstance(name, str) else None, request_id, data)
+        if self._calls is None:
+            self._calls = {}
+        request = _Request(name if isinstance(name, str) else None, request_id, data, self._calls)
         if not isinstance(name, str):
             request.error = InvalidFrame("a frame has an action, which is a string")
         elif name == CANCEL and request_id is _ABSENT:
@@ -171,7 +179,7 @@ class ActionConsumer(JsonConsumer):
             self._at_once = {}
         running = self._at_once.setdefault(action.name, set())
         if len(running) >= action.concurrency:
-            with self._under_way(request), request.cancellable():
+            with request:
                 while len(running) >= action.concurrency:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         if request.is_cancelled:
@@ -181,31 +189,21 @@ class ActionConsumer(JsonConsumer):
         running.add(task)
         task.add_done_callback(running.discard)
 
-    @contextmanager
-    def _under_way(self, request: _Request) -> Iterator[None]:
-        """Let `$cancel` find the request in the block."""
-        if self._calls is None:
-            self._calls = {}
-        self._calls[request.request_id] = request
-        try:
-            yield
-        finally:
-            if self._calls.get(request.request_id) is request:
-                del self._calls[request.request_id]
-
     async def _answer(self, request: _Request) -> None:
         """Carry out a request and answer it, whatever becomes of it."""
-        request_id = None if request.request_id is _ABSENT else request.request_id
+        has_id = request.request_id is not _ABSENT
+        request_id = request.request_id if has_id else None
         try:
-            if request_id is None:
-                result = await self._call(request, None)
-            else:
-                result = None
-                with self._under_way(request), request.cancellable():
-                    result = await self._call(request, request_id)
-                if request.is_cancelled and result is None:
-                    _check_cancelled(request)
-            if request_id is not None or result is not None:
+            result = None
+            with request:
+                if request.error is not None:
+                    raise request.error
+                if not request.is_cancelled:
+                    assert request.action is not None
+                    result = await self._begin(request.action, request.data, request_id)
+            if request.is_cancelled and result is None:
+                _check_cancelled(request)
+            if has_id or result is not None:
                 await self._reply(
                     {
                         "type": "response",
@@ -219,36 +217,36 @@ class ActionConsumer(JsonConsumer):
         except Exception as error:
             await self._session.answer_error(error, request.name, request_id)
 
-    async def _call(self, request: _Request, request_id: Any) -> Any:
-        if request.error is not None:
-            raise request.error
-        action = request.action
-        assert action is not None
-        if request.is_cancelled:
-            return None
-        if action.timeout is None:
-            return await self._run(action, request, request_id)
-        timeout = asyncio.timeout(action.timeout)
-        try:
-            async with timeout:
-                return await self._run(action, request, request_id)
-        except TimeoutError as error:
-            if not timeout.expired():
-                raise
-            raise ActionTimeout(f"{action.name} took longer than {action.timeout:g} s") from error
+    def _begin(self, action: Action, data: Any, request_id: Any) -> Awaitable[Any]:
+        """Call an action; awaiting the result gives what it returns, which is None for a stream."""
+        if action.timeout is not None:
+            return self._end_in_time(action, action.timeout, data, request_id)
+        return self._begin_plan(action, data, request_id)
 
-    async def _run(self, action: Action, request: _Request, request_id: Any) -> Any:
+    def _begin_plan(self, action: Action, data: Any, request_id: Any) -> Awaitable[Any]:
         plan = action.plan
-        data = request.data
         if data is _ABSENT and (plan.parameter is None or plan.parameter.default is _ABSENT):
             data = {}
         value = plan.validate(data)
-        if not plan.is_stream:
-            return await plan.begin(self, value, self._session.handshake)
+        if plan.is_stream:
+            return self._stream(action, value, request_id)
+        return plan.begin(self, value, self._session.handshake)
 
+    async def _end_in_time(self, action: Action, seconds: float, data: Any, request_id: Any) -> Any:
+        timeout = asyncio.timeout(seconds)
+        try:
+            async with timeout:
+                return await self._begin_plan(action, data, request_id)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise ActionTimeout(f"{action.name} took longer than {seconds:g} s") from error
+
+    async def _stream(self, action: Action, value: Any, request_id: Any) -> None:
         async def send_part(item: Any) -> bool:
             return await self._reply({"type": "stream", "action": action.name, "request_id": request_id, "data": item})
 
+        plan = action.plan
         async with plan.solved(self, value, self._session.handshake) as keywords:
             generator = plan.function(self, **keywords)
             if plan.is_async:
@@ -258,7 +256,6 @@ class ActionConsumer(JsonConsumer):
                             break
             else:
                 await _stream_from_thread(generator, send_part)
-        return None
 
 
 async def _stream_from_thread(generator: Generator[Any, Any, Any], send_part: Callable[[Any], Awaitable[bool]]) -> None:
