@@ -93,6 +93,7 @@ class WebSocketConsumer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _check_private_names(cls)
         for name in _NOT_YET:
             if getattr(cls, name, None) is not None:
                 raise DefinitionError(f"{cls.__name__}.{name} is not supported by this version of fastapi-channels")
@@ -387,6 +388,21 @@ class WebSocketConsumer:
             f"; {name}() is there, but not marked with @event" if inspect.isroutine(getattr(self, name, None)) else ""
         )
         logger.error("%s has no handler for the event %r%s", self.__class__.__qualname__, type, hint)
+
+
+def _check_private_names(cls: type) -> None:
+    """Tell a user's class, and its mixins, of a private name that the package's own classes rely on."""
+    own = [base for base in cls.__mro__ if _is_ours(base)]
+    names = {name for base in own for name in (*vars(base), *getattr(base, "__annotations__", {}))}
+    private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+    bases = [base for base in cls.__mro__[1:] if not _is_ours(base) and not issubclass(base, own[-1])]
+    for base in () if _is_ours(cls) else (cls, *bases):
+        for name in private & vars(base).keys():
+            raise DefinitionError(f"{base.__name__}.{name} takes a private name of the consumers; choose another")
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _check_setting(cls: type[WebSocketConsumer], name: str) -> None:

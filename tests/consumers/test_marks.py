@@ -386,3 +386,19 @@ def test_a_route_needs_a_consumer_class() -> None:
     for wrong in (_nothing, object, "Chat", make(WebSocketConsumer)()):
         with pytest.raises(DefinitionError, match="consumer class"):
             ConsumerRouter([route("/ws", wrong)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["_write", "_reply", "_session", "_connection", "_answer", "_calls", "_begin"])
+def test_a_private_name_of_ours_can_not_be_taken(name: str) -> None:
+    """A method or attribute under a private name that the consumers rely on is an error, also in a mixin."""
+    with pytest.raises(DefinitionError, match=name):
+        make(ActionConsumer, **{name: fresh()})
+    mixin = new_class("Mixin", (), {}, lambda made: made.update({name: fresh()}))
+    with pytest.raises(DefinitionError, match=name):
+        new_class("Mixed", (mixin, ActionConsumer))
+
+
+def test_private_names_of_ones_own() -> None:
+    """Private names that the consumers don't use are the user's, and so are those of a subclass of a subclass."""
+    first = make(ActionConsumer, _mine=fresh(), __slots__=())
+    assert make(first, _mine=fresh(), _more=1)
