@@ -11,6 +11,7 @@ import anyio.to_thread
 import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.middleware.sessions import SessionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_for_real
@@ -105,9 +106,6 @@ async def test_a_frame_leaves_in_the_senders_own_step(with_sessions: bool) -> No
 
     app = app_with(Chat)
     if with_sessions:
-        pytest.importorskip("itsdangerous")
-        from starlette.middleware.sessions import SessionMiddleware
-
         app.add_middleware(SessionMiddleware, secret_key="x")
     async with connect(app, "/ws") as ws:
         await tick(app, 1)

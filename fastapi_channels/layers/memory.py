@@ -21,7 +21,8 @@ REMEMBERED = 300.0
 class MemoryLayer(ChannelLayer):
     """Carries messages within one process: `memory://`, the default.
 
-    It waits for nothing: when `group_send` returns, every member has the message or its drop was counted.
+    It waits for nothing: when `group_send` returns, what is forwarded has been sent or waits in an outbox, and handlers
+    are about to be called. A drop for lack of room in a handler's inbox is counted when its turn comes.
     """
 
     def __init__(self, *, capacity: int = 1000, expiry: float = 60.0) -> None:
