@@ -79,15 +79,15 @@ class Crew:
         task.add_done_callback(self._done)
         return task
 
-    def begin(self, function: Callable[[Any], Awaitable[None]], argument: Any) -> Awaitable[None] | None:
-        """Call an async function and run it, without a task, for as long as it doesn't wait.
+    def begin(self, coroutine: Coroutine[Any, Any, None]) -> Awaitable[None] | None:
+        """Run a coroutine, without a task, for as long as it doesn't wait.
 
         Returns:
             None if it is over; else the rest of it, which somebody has to await.
         """
         stepper = self._stepper
         try:
-            waits_for = stepper.send((function, argument))
+            waits_for = stepper.send(coroutine)
         except BaseException:
             self._stepper = _new_stepper()
             raise
@@ -97,13 +97,12 @@ class Crew:
         return rest_of(stepper, waits_for)
 
     def dispatch(self, item: Any, lanes: list[Lane[Any]]) -> None:
-        """Have one item handled in each of these open lanes soon, behind what waits in it.
+        """Have one item handled in each of these lanes soon, behind what waits in it.
 
         A lane without room for it gets `LaneFull` as the item's failure.
         """
         context = lanes[0].context
-        assert context is not None
-        self._add(item, lanes, context)
+        self._add(item, lanes, self._known if context is None else context)
 
     def submit(self, lane: Lane[Any], context: Context) -> None:
         """Have what waits in a lane handled soon, in a copy of `context` (see there)."""
@@ -169,7 +168,10 @@ class Crew:
                                     await rest
                             turn -= 1
                             # A task that was cancelled, by its handler perhaps, is no good for another one.
-                            is_changed = task.cancelling() > 0 or not _is_equal(copy_context(), context)
+                            try:
+                                is_changed = copy_context() != context or task.cancelling() > 0
+                            except Exception:  # a value that can't be compared is another value
+                                is_changed = True
                             if is_changed or lane._waiting is None or not turn:
                                 break
                             if self._worker is not task:
@@ -327,15 +329,15 @@ class Lane(ABC, Generic[Item]):
 
 @types.coroutine
 def _step() -> Generator[Any, Any, None]:
-    """Runs the async functions that are sent into it, one after another, and yields `_OVER` after each.
+    """Runs the coroutines that are sent into it, one after another, and yields `_OVER` after each.
 
-    A function that waits makes it yield what it waits for, as it would to a task. This way one that doesn't wait costs
+    One that waits makes it yield what it waits for, as it would to a task. This way one that doesn't wait costs
     no StopIteration, which is dearer than all the rest.
     """
-    function, argument = yield _OVER
+    coroutine = yield _OVER
     while True:
-        yield from function(argument)
-        function, argument = yield _OVER
+        yield from coroutine
+        coroutine = yield _OVER
 
 
 def _new_stepper() -> Generator[Any, Any, None]:

@@ -345,8 +345,10 @@ class Connection(Sink):
 
     def step(self, frame: Frame) -> bool:
         """Begin the server's `send` by hand, where it is `direct`; what does not end at once becomes the writer."""
+        direct = self.direct
+        assert direct is not None
         try:
-            rest = self.crew.begin(self._send, frame)
+            rest = self.crew.begin(direct(frame))
         except Exception as error:
             self.lost(error)
             return False

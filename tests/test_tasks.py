@@ -810,7 +810,7 @@ async def test_a_function_that_does_not_wait(crew: Crew) -> None:
     before = asyncio.all_tasks()
     stepped = Stepped()
     for _ in range(3):
-        assert crew.begin(stepped, []) is None
+        assert crew.begin(stepped([])) is None
     assert stepped.noted == ["over"] * 3
     assert asyncio.all_tasks() == before
 
@@ -821,7 +821,7 @@ async def test_a_function_that_waits(crew: Crew, times: int) -> None:
     loop = asyncio.get_running_loop()
     futures = [loop.create_future() for _ in range(times)]
     stepped = Stepped()
-    rest = crew.begin(stepped, futures)
+    rest = crew.begin(stepped(futures))
     assert stepped.noted == []
     for number, future in enumerate(futures):
         loop.call_soon(future.set_result, number)
@@ -832,7 +832,7 @@ async def test_a_function_that_waits(crew: Crew, times: int) -> None:
 async def test_a_function_that_yields(crew: Crew) -> None:
     """A function that only lets others run, as by `sleep(0)`, goes on in the rest."""
     stepped = Stepped()
-    rest = crew.begin(stepped, [None, None])
+    rest = crew.begin(stepped([None, None]))
     assert stepped.noted == []
     await finished(rest)
     assert stepped.noted == [None, None, "over"]
@@ -843,8 +843,8 @@ async def test_a_function_that_raises_before_it_waits(crew: Crew) -> None:
     stepped = Stepped()
     for _ in range(2):
         with pytest.raises(KeyError):
-            crew.begin(stepped, [KeyError()])
-        assert crew.begin(stepped, []) is None
+            crew.begin(stepped([KeyError()]))
+        assert crew.begin(stepped([])) is None
     assert stepped.noted == ["KeyError", "over"] * 2
 
 
@@ -852,19 +852,19 @@ async def test_a_function_that_raises_after_it_has_waited(crew: Crew) -> None:
     """What a function raises later is raised by its rest, also if it is what it waited for that failed."""
     loop = asyncio.get_running_loop()
     stepped, failing = Stepped(), loop.create_future()
-    rests = [crew.begin(stepped, [None, KeyError()]), crew.begin(stepped, [failing])]
+    rests = [crew.begin(stepped([None, KeyError()])), crew.begin(stepped([failing]))]
     failing.set_exception(KeyError())
     for rest in rests:
         with pytest.raises(KeyError):
             await finished(rest)
     assert stepped.noted == [None, "KeyError", "KeyError"]
-    assert crew.begin(stepped, []) is None
+    assert crew.begin(stepped([])) is None
 
 
 async def test_a_function_that_is_cancelled(crew: Crew) -> None:
     """Cancelling who awaits the rest reaches the function where it waits."""
     stepped = Stepped()
-    rest = crew.begin(stepped, [asyncio.get_running_loop().create_future()])
+    rest = crew.begin(stepped([asyncio.get_running_loop().create_future()]))
     waiting = asyncio.create_task(finished(rest))
     await asyncio.sleep(0)
     waiting.cancel()
@@ -884,7 +884,7 @@ async def test_a_function_that_does_not_let_itself_be_cancelled(crew: Crew) -> N
             await asyncio.sleep(0)
             noted.append("seen to")
 
-    waiting = asyncio.create_task(finished(crew.begin(stubborn, None)))
+    waiting = asyncio.create_task(finished(crew.begin(stubborn(None))))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait({waiting})
@@ -896,7 +896,7 @@ async def test_many_functions_wait_at_once(crew: Crew) -> None:
     loop = asyncio.get_running_loop()
     stepped = [Stepped() for _ in range(5)]
     futures = [loop.create_future() for _ in range(5)]
-    rests = [crew.begin(one, [future]) for one, future in zip(stepped, futures, strict=True)]
+    rests = [crew.begin(one([future])) for one, future in zip(stepped, futures, strict=True)]
     for number in (3, 1, 4, 0, 2):
         futures[number].set_result(number)
         await finished(rests[number])

@@ -21,7 +21,7 @@ from fastapi_channels.consumers.session import Session, checked_close_code
 from fastapi_channels.dependencies import Plan
 from fastapi_channels.exceptions import DefinitionError, InvalidFrame, InvalidGroupName
 from fastapi_channels.layers import ChannelLayer, Message, Receipt
-from fastapi_channels.layers.envelope import encode
+from fastapi_channels.layers.envelope import SEND, encode
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.settings import ChannelsSettings, OverflowPolicy, RejectMode
 
@@ -116,6 +116,7 @@ class WebSocketConsumer:
             if kind in plans:
                 raise DefinitionError(f"{cls.__name__}: {claimed[kind]} and {attribute} both handle {kind!r}")
             plan = Plan(function, cls, data="event")
+            plan.is_plain = plan.is_plain and kind != SEND  # whose bytes are not JSON
             if plan.is_stream:
                 raise DefinitionError(f"{cls.__name__}.{attribute} handles an event and can't be a generator")
             plans[kind], claimed[kind] = plan, attribute

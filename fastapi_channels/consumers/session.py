@@ -15,6 +15,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from pydantic_core import from_json
 from typing_extensions import override
 
 from fastapi_channels._tasks import Lane, LaneFull, in_thread
@@ -217,11 +218,7 @@ class Session:
                 lane.open(connection.context)
         if not lane.reserve():
             return False
-        if lane.context is None:
-            lane.reserved -= 1
-            lane.put(envelope)
-        else:
-            connection.crew.dispatch(envelope, [lane])
+        connection.crew.dispatch(envelope, [lane])
         return True
 
     def forward(self, envelope: Envelope) -> None:
@@ -362,7 +359,7 @@ class EventLane(Lane[Envelope]):
             self._deliver_unhandled(item)
             return None
         if plan.is_plain:  # what most handlers are, without a detour
-            rest: Awaitable[Any] = plan.function(consumer, item.decode())
+            rest: Awaitable[Any] = plan.function(consumer, from_json(item.payload))
             return rest
         return plan.begin_event(consumer, item, self._session.handshake)
 

@@ -370,16 +370,17 @@ class ChannelLayer(ABC):
         is_busy = self.crew.is_busy
         for sink in sinks:
             lane = sink.lane
-            if lane is None or not (is_busy or lane.is_active):  # nothing that came before it is still to be handled
+            if sink.forwards.get(kind):
                 direct = sink.direct
-                if direct is not None and sink.forwards.get(kind):
+                # Only while nothing that came before it is still to be handled.
+                if direct is not None and (lane is None or not (is_busy or lane.is_active)):
                     at[0] = sink
                     try:
                         await direct(frame)
                     except Exception as error:
                         sink.lost(error)
                     continue
-            if lane is not None and lane.context is not None:
+            if lane is not None:
                 lanes.append(lane)
             elif not sink.deliver(envelope):
                 self.counters.inbox_dropped += 1

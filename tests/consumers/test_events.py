@@ -661,3 +661,17 @@ async def test_connections_that_come_and_go_while_events_are_sent_disturb_nobody
             await asyncio.sleep(0)
         await asyncio.gather(*coming)
         assert [(await staying.receive_json())["n"] for _ in range(sent)] == list(range(sent))
+
+
+async def test_a_handler_of_ones_own_for_a_built_in_event() -> None:
+    """`@event("websocket.send")` takes the place of the built-in way, and gets the bytes as they were sent."""
+
+    class Chat(Member):
+        @event("websocket.send")
+        async def shout(self, message: dict[str, Any]) -> None:
+            await self.send(bytes=message["bytes"].upper())
+
+    app = app_with(Chat)
+    async with connect(app, "/ws") as ws:
+        await layer_of(app).group_send(GROUP, {"type": "websocket.send", "bytes": b"a\xff"})
+        assert await ws.receive_bytes() == b"A\xff"
