@@ -35,7 +35,7 @@ _without_app = State()
 class Channels:
     """What one application has of this package; `app.state.channels` after `add_channel`.
 
-    An async context manager that opens and closes the layers; `add_channel` makes it part of the lifespan.
+    Its layers are opened and closed with the application's lifespan.
 
     Attributes:
         settings: The application's settings.

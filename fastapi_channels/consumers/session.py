@@ -1,7 +1,7 @@
 """A session: one consumer's life, from the first question to the last cleanup.
 
 It stands between the connection and the layer. The server's own task drains the connection and runs no handler; frames
-and events wait in a lane each, and are handled by the application's crew. Whatever ends the connection, `serve` is left
+and events wait in a lane each, and are handled by the layer's crew. Whatever ends the connection, `serve` is left
 through one door: what runs is ended, `disconnect` is called once, and the memberships are gone.
 """
 
@@ -44,7 +44,7 @@ INBOX_FRAMES_OF_MAX_SIZE = 4
 
 
 class Session:
-    """One consumer on one connection; also the sink of its channel.
+    """One consumer on one connection.
 
     Args:
         consumer: Whose hooks and handlers are called.
