@@ -25,7 +25,7 @@ from fastapi_channels.layers.inbox import Inbox
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.layers.sink import Sink
 
-__all__ = ["ChannelLayer", "Receipt", "SyncChannelLayer"]
+__all__ = ["ChannelLayer", "Health", "Receipt", "SyncChannelLayer"]
 
 logger = logging.getLogger("fastapi_channels")
 
@@ -33,6 +33,9 @@ Result = TypeVar("Result")
 
 #: Abandoned inboxes are looked for when there are this many of them, and again when there are twice as many.
 SWEEP = 64
+
+#: How many seconds an idempotency key is remembered.
+REMEMBERED = 300.0
 
 #: Told of each `group_send` before it is carried out: the group, the envelope, the channels left out.
 Observer = Callable[[str, Envelope, Collection[str]], None]
@@ -51,6 +54,28 @@ class Receipt:
     offset: int | None = None
     epoch: str | None = None
     duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a layer can do its work at this moment; true as a bool if it can.
+
+    Attributes:
+        ok: Whether messages can be sent, and whether this process hears what is sent.
+        detail: What is wrong, for the operator; empty if nothing is. It may name servers, never a password.
+        can_send: Whether messages can be sent.
+        can_receive: Whether this process hears what others send.
+        latency: How many seconds the broker took to answer when it was last asked; None if there is nothing to ask.
+    """
+
+    ok: bool
+    detail: str = ""
+    can_send: bool = True
+    can_receive: bool = True
+    latency: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.ok
 
 
 @dataclass(slots=True)
@@ -89,7 +114,9 @@ class ChannelLayer(ABC):
         self.counters = Counters()
         #: Each is told of every `group_send` of this process; for tests.
         self.observers: list[Observer] = []
-        self._node = secrets.token_hex(6)
+        #: Whether it hears what other processes send; a Publisher's doesn't. Only to be changed before it is opened.
+        self.listens = True
+        self._node = ""
         self._next_channel = 0
         self._sweep_at = SWEEP
         self._attached: dict[str, _Attached] = {}
@@ -116,6 +143,8 @@ class ChannelLayer(ABC):
         if not self.is_open:
             self._loop = asyncio.get_running_loop()
             self._crew = Crew(self._loop)
+            # Not earlier: a server may load the application first and fork its workers then.
+            self._node = secrets.token_hex(6)
 
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
@@ -127,6 +156,10 @@ class ChannelLayer(ABC):
         self._groups.clear()
         self._subscribed.clear()
         self._turns.clear()
+
+    async def health(self) -> Health:
+        """Whether it can do its work; answers at once, from what it knows."""
+        return Health(ok=True) if self.is_open else Health(False, "the channel layer is not open", False, False)
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -332,9 +365,17 @@ class ChannelLayer(ABC):
         """The group gets its first member in this process."""
 
     async def _unsubscribe(self, group: str) -> None:
-        """The group has lost its last member in this process."""
+        """The group has lost its last member in this process; raises nothing, whatever the broker does."""
 
     # Local delivery
+
+    def _deliver_here(self, channel: str, envelope: Envelope) -> None:
+        """Hand an envelope that another process sent to a channel of this one; what can't be is counted."""
+        attached = self._attached.get(channel)
+        if attached is None:
+            self.counters.unreachable += 1
+        elif not attached.sink.deliver(envelope):
+            self.counters.inbox_dropped += 1
 
     def _fan_out(self, group: str, envelope: Envelope, exclude: Collection[str]) -> None:
         """Hand an envelope to every member in this process, without waiting for any.

@@ -19,6 +19,9 @@ class Counters:
         failed: Messages whose handler raised, or that did not fit its schema.
         unreachable: Messages to a channel that is no more.
         too_slow: Connections closed with 4008.
+        gaps: How often this process was deaf for a while, since its connection to the broker was lost; what was sent
+            to plain groups meanwhile may be lost.
+        unreadable: Messages from the broker that aren't ours, or are encrypted with other keys.
     """
 
     inbox_dropped: int = 0
@@ -28,3 +31,5 @@ class Counters:
     failed: int = 0
     unreachable: int = 0
     too_slow: int = 0
+    gaps: int = 0
+    unreadable: int = 0

@@ -41,13 +41,31 @@ class Envelope:
         expires: When it is too old to be handled, on the event loop's clock.
     """
 
-    __slots__ = ("_frame", "expires", "payload", "type")
+    __slots__ = ("_frame", "_message", "expires", "payload", "type")
 
     def __init__(self, type: str, payload: bytes, expires: float) -> None:
         self.type = type
         self.payload = payload
         self.expires = expires
         self._frame: dict[str, Any] | None = None
+        self._message: dict[str, Any] | None = None
+
+    @classmethod
+    def received(cls, message: Any, payload: bytes, expires: float) -> Envelope:
+        """A message that came from elsewhere, decoded already.
+
+        Raises:
+            InvalidMessage: It is none.
+        """
+        kind = message.get("type") if isinstance(message, dict) else None
+        if not isinstance(kind, str) or not kind:
+            raise InvalidMessage("a message is a dict with a `type`")
+        envelope = cls(kind, payload, expires)
+        if kind != SEND:
+            envelope._message = message
+        elif message.get("bytes") is not None:
+            base64.b64decode(message["bytes"], validate=True)
+        return envelope
 
     @classmethod
     def of(cls, message: Message, expires: float) -> Envelope:
@@ -68,6 +86,9 @@ class Envelope:
 
     def decode(self) -> dict[str, Any]:
         """The message as a new dict, which the caller may change."""
+        if self._message is not None:
+            known, self._message = self._message, None
+            return known
         message: dict[str, Any] = from_json(self.payload)
         if self.type == SEND and message.get("bytes") is not None:
             message["bytes"] = base64.b64decode(message["bytes"])
