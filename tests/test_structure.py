@@ -25,8 +25,10 @@ FLOORS = [
 #: Where each package that only a part of us needs comes in.
 DOORS = {
     "asgi_lifespan": {"testing.lifespan"},
+    "cryptography": {"layers.wire"},
     "pydantic_settings": {"settings"},
     "pytest": {"testing.contract", "testing.plugin"},
+    "redis": {"layers.redis.layer", "layers.redis.link", "layers.redis.links", "layers.redis.servers"},
 }
 
 TREES = {

@@ -1,7 +1,7 @@
-"""How a message looks between processes, and how it is read again.
+r"""How a message looks between processes, and how it is read again.
 
 ```
-1 m {"expiry":60.0,"exclude":["specific.3f…!1"]} \\n {"type":"chat.message",…}
+1 m {"expiry":60.0,"exclude":["specific.3f…!1"]} \n {"type":"chat.message",…}
 │ │ └ what the receiving process has to know      └ the message, by the serializer
 │ └ m: a message; e: the same, encrypted (all behind it is a Fernet token)
 └ the version; a reader that doesn't know it skips the message
@@ -169,7 +169,9 @@ def _fernet(keys: Sequence[str | bytes]) -> tuple[Callable[[bytes], bytes], Call
             fernets.append(Fernet(key))
         except (TypeError, ValueError) as error:
             # Never the key itself in an error.
-            raise ValueError(f"encryption_keys[{number}] is not a Fernet key, as Fernet.generate_key() makes") from error
+            raise ValueError(
+                f"encryption_keys[{number}] is not a Fernet key, as Fernet.generate_key() makes"
+            ) from error
     multi = MultiFernet(fernets)
 
     def decrypt(token: bytes) -> bytes:

@@ -57,9 +57,12 @@ def test_django_form_without_config() -> None:
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("redis://user:hunter2@host/0", "there is no layer for redis://; this version has memory://"),
-        ("memory", "there is no layer for a URL without a scheme://; this version has memory://"),
-        ("", "there is no layer for a URL without a scheme://; this version has memory://"),
+        ("amqp://user:hunter2@host/0", "there is no layer for amqp; there are memory://, redis://, "),
+        ("memory", "there is no layer for a URL without a scheme; there are memory://, "),
+        ("", "there is no layer for a URL without a scheme; there are memory://, "),
+        ("redis://user:hunter2@host/x", "RedisLayer: redis://user:***@host/x: the database is a number"),
+        ("redis://host/0?colour=red", "RedisLayer: redis://host/0: "),
+        ("redis+sentinel://host", "RedisLayer: redis+sentinel://host: the name of the service is missing"),
         ("memory://localhost", "memory:// takes nothing behind it"),
         (7, "a layer is a URL, a dict with BACKEND and CONFIG, or a ChannelLayer, not "),
         (None, "a layer is a URL, a dict with BACKEND and CONFIG, or a ChannelLayer, not "),
@@ -69,7 +72,7 @@ def test_django_form_without_config() -> None:
         ({"BACKEND": "builtins.dict"}, "BACKEND 'builtins.dict' is not a ChannelLayer"),
         (
             {"BACKEND": "fastapi_channels.layers.MemoryLayer", "CONFIG": {"hosts": []}},
-            "got an unexpected keyword argument 'hosts'",
+            "MemoryLayer: got an unexpected keyword argument 'hosts'",
         ),
         (
             {"BACKEND": "fastapi_channels.layers.MemoryLayer", "CONFIG": {"capacity": 0}},

@@ -1,0 +1,433 @@
+"""One connection to one server that is kept up: asked in order, answered in order, watched, and made anew when lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import AskError, ReadOnlyError, RedisError, ResponseError
+from typing_extensions import override
+
+from fastapi_channels._tasks import Crew
+from fastapi_channels.exceptions import LayerUnavailable
+
+__all__ = ["CommandLink", "Link", "Request", "SubscriberLink"]
+
+logger = logging.getLogger("fastapi_channels")
+
+#: How many replies are read before the rest of the process has its turn.
+BURST = 32
+
+#: How many bytes go out in one write.
+BATCH_BYTES = 256 * 1024
+
+#: How many bytes may wait to be written; more than that is refused at once.
+WAITING_BYTES = 64 * 1024 * 1024
+
+#: How long to wait before the connection is tried again: at most this, twice as much after each try, in seconds.
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+
+Command = Sequence[str | bytes | int]
+
+
+class Request:
+    """A command, and what becomes of it.
+
+    Attributes:
+        key: The key or Pub/Sub channel that it is about, by which a Cluster's server is chosen; None for any.
+        command: The command with its arguments.
+        reply: What the server answered, or the error.
+        expires: When the sender has waited long enough, on the event loop's clock.
+    """
+
+    __slots__ = ("command", "expires", "key", "reply", "size")
+
+    def __init__(self, key: str | None, command: Command, reply: asyncio.Future[Any], expires: float) -> None:
+        self.key = key
+        self.command = command
+        self.reply = reply
+        self.expires = expires
+        self.size = sum(len(part) for part in command if isinstance(part, bytes))
+
+    def answer(self, reply: Any) -> None:
+        """Give the reply, or the error, to who waits for it."""
+        if self.reply.done():
+            return
+        if isinstance(reply, Exception):
+            self.reply.set_exception(reply)
+            self.reply.exception()  # whoever stopped waiting for it isn't told by the event loop either
+        else:
+            self.reply.set_result(reply)
+
+
+class Link(ABC):
+    """A connection to one server, kept up until it is closed.
+
+    Commands are written in the order in which they are asked, all that wait in one write, and replies come in the same
+    order. While there is no connection they wait for one, no longer than `timeout` seconds; when it has been away for
+    longer than that, they fail at once. A command that was written and got no reply is not written again.
+
+    A server that doesn't answer within `timeout` seconds, though it was asked or was sent a PING, counts as gone.
+
+    Args:
+        name: The server, for people to read.
+        connect: Makes a connection, which isn't connected yet.
+        crew: Runs its task.
+        timeout: In seconds.
+        changed: Called when it has come up or gone down.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], AbstractConnection],
+        crew: Crew,
+        timeout: float,
+        changed: Callable[[Link], None],
+    ) -> None:
+        self.name = name
+        self.timeout = timeout
+        #: Why it is down; None while it is up.
+        self.error: Exception | None = LayerUnavailable("not connected yet")
+        #: How long the server took for its last answer to a PING, in seconds.
+        self.latency: float | None = None
+        #: Nothing is written while this is True.
+        self.is_held = False
+        self._connect = connect
+        self._crew = crew
+        self._loop = crew.loop
+        self._changed = changed
+        self._waiting: deque[Request] = deque()
+        self._waiting_bytes = 0
+        self._written: deque[Request] = deque()
+        self._is_answered = asyncio.Event()
+        self._connection: AbstractConnection | None = None
+        self._broken: asyncio.Timeout | None = None
+        self._is_writing = False
+        self._writing: asyncio.Task[None] | None = None
+        self._down_since = self._loop.time()
+        self._heard = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._beat: asyncio.TimerHandle | None = None
+        self._task = crew.start(self._keep(), copy_context())
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is connected to a server that answers."""
+        return self._connection is not None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has never been up, and has had no time for it."""
+        return not self._heard and self._loop.time() - self._down_since < self.timeout
+
+    def ask(self, *command: str | bytes | int) -> asyncio.Future[Any]:
+        """Send a command; the future gets the reply, an error of redis-py, or LayerUnavailable."""
+        request = Request(None, command, self._loop.create_future(), self._loop.time() + self.timeout)
+        self.send(request)
+        return request.reply
+
+    def tell(self, *command: str | bytes | int) -> None:
+        """Send a command whose reply nobody waits for."""
+        self.send(Request(None, command, self._loop.create_future(), self._loop.time() + self.timeout))
+
+    def send(self, request: Request) -> None:
+        """Send a request behind the others."""
+        if self._connection is None and self._loop.time() - self._down_since > self.timeout:
+            request.answer(self._unavailable())
+        elif self._waiting_bytes + request.size > WAITING_BYTES and self._waiting:
+            request.answer(LayerUnavailable(f"{self.name}: too much waits to be sent"))
+        else:
+            self._waiting.append(request)
+            self._waiting_bytes += request.size
+            self._watch()
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Write what waits, soon."""
+        if self._waiting and self._connection is not None and not self._is_writing and not self.is_held:
+            self._is_writing = True
+            # Not at once: what else is sent in this turn of the loop goes out with it.
+            self._loop.call_soon(self._begin_to_write)
+
+    def withdraw(self) -> list[Request]:
+        """Take back what was not written yet, in order."""
+        requests = list(self._waiting)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        return requests
+
+    async def answered(self) -> None:
+        """Wait until all that was written has its answer, or the connection is lost."""
+        while self._written:
+            self._is_answered.clear()
+            await self._is_answered.wait()
+
+    async def close(self) -> None:
+        """Disconnect; whoever still waits gets LayerUnavailable."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        for timer in (self._deadline, self._beat):
+            if timer is not None:
+                timer.cancel()
+
+    @abstractmethod
+    def _received(self, reply: Any) -> None:
+        """See to what the server has sent; an error is an exception."""
+
+    def _oldest(self) -> Request:
+        """The request that the next reply is for."""
+        request = self._written.popleft()
+        if not self._written:
+            self._is_answered.set()
+        return request
+
+    # Keeping it up
+
+    async def _keep(self) -> None:
+        pause = FIRST_PAUSE
+        try:
+            while True:
+                connection: AbstractConnection | None = None
+                try:
+                    async with asyncio.timeout(self.timeout):
+                        connection = self._connect()
+                        await connection.connect()  # type: ignore[no-untyped-call]
+                        # A frozen server's kernel connects too.
+                        await connection.send_command("PING", check_health=False)
+                        await connection.read_response()
+                except Exception as error:  # whatever it is, it is tried again
+                    self.error = error
+                else:
+                    pause = FIRST_PAUSE
+                    self._came_up(connection)
+                    self._went_down(await self._serve(connection))
+                finally:
+                    if connection is not None:
+                        await _disconnect(connection)
+                self._changed(self)
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, LONGEST_PAUSE)
+        finally:
+            self._went_down(LayerUnavailable("the channel layer is closed"))
+            for request in self.withdraw():
+                request.answer(LayerUnavailable("the channel layer was closed"))
+
+    async def _serve(self, connection: AbstractConnection) -> Exception:
+        """Read what the server sends until the connection is lost; returns why it was."""
+        try:
+            async with asyncio.timeout(None) as self._broken:
+                while True:
+                    for _ in range(BURST):
+                        try:
+                            reply = await connection.read_response(disable_decoding=True)
+                        except ResponseError as error:
+                            reply = error
+                        self._heard = self._loop.time()
+                        self._received(reply)
+                    await asyncio.sleep(0)
+        except TimeoutError:
+            return LayerUnavailable(f"no answer within {self.timeout:g} s")
+        except (RedisError, OSError) as error:
+            return error
+        except Exception as error:
+            logger.exception("the connection to %s failed; it is made anew", self.name)
+            return error
+        finally:
+            self._broken = None
+
+    def _came_up(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        self.error = None
+        self._heard = self._loop.time()
+        self._beat = self._loop.call_later(self.timeout / 4, self._keep_alive)
+        self._changed(self)
+        self.go_on()
+
+    def _went_down(self, error: Exception) -> None:
+        if self._connection is not None:
+            self._connection = None
+            self._down_since = self._loop.time()
+        self.error = error
+        if self._beat is not None:
+            self._beat.cancel()
+        if self._writing is not None:
+            self._writing.cancel()  # it may wait for a server that reads nothing any more
+            self._writing = None
+        self._is_writing = False
+        written = list(self._written)
+        self._written.clear()
+        self._is_answered.set()
+        for request in written:
+            request.answer(self._unavailable(maybe_sent=True))
+
+    def _break(self) -> None:
+        """Give the connection up."""
+        if self._broken is not None:
+            self._broken.reschedule(self._loop.time())
+
+    def _unavailable(self, *, maybe_sent: bool = False) -> LayerUnavailable:
+        unavailable = LayerUnavailable(f"{self.name} can't be reached: {self.error}", maybe_sent=maybe_sent)
+        unavailable.__cause__ = self.error
+        return unavailable
+
+    # Writing
+
+    def _begin_to_write(self) -> None:
+        rest = self._crew.begin(self._write())
+        if rest is not None:
+
+            async def finish() -> None:
+                await rest
+
+            self._writing = self._crew.start(finish(), copy_context())
+
+    async def _write(self) -> None:
+        connection = self._connection
+        try:
+            while self._waiting and connection is not None and connection is self._connection and not self.is_held:
+                batch = []
+                size = 0
+                while self._waiting and size < BATCH_BYTES:
+                    request = self._waiting.popleft()
+                    self._waiting_bytes -= request.size
+                    if not request.reply.done():  # nobody cancelled it, it isn't overdue
+                        self._written.append(request)
+                        batch.append(request.command)
+                        size += request.size
+                if batch:
+                    await connection.send_packed_command(connection.pack_commands(batch), check_health=False)
+        except (RedisError, OSError, RuntimeError):
+            if connection is self._connection:
+                self._break()
+        if connection is self._connection:
+            self._is_writing = False
+            self._writing = None
+            self.go_on()
+
+    # Watching
+
+    def _watch(self) -> None:
+        """See to it that the oldest request doesn't wait longer than it may."""
+        if self._deadline is None:
+            oldest = self._written or self._waiting
+            if oldest:
+                self._deadline = self._loop.call_at(oldest[0].expires, self._look_at_the_clock)
+
+    def _look_at_the_clock(self) -> None:
+        self._deadline = None
+        now = self._loop.time()
+        is_overdue = False
+        for request in self._written:
+            if request.expires > now:
+                break
+            is_overdue = is_overdue or not request.reply.done()
+            request.answer(LayerUnavailable(f"{self.name}: no answer within {self.timeout:g} s", maybe_sent=True))
+        if is_overdue and now - self._heard > self.timeout / 2:
+            self._break()
+        while self._waiting and self._waiting[0].expires <= now:
+            request = self._waiting.popleft()
+            self._waiting_bytes -= request.size
+            request.answer(self._unavailable())
+        first = next((request for request in (*self._written, *self._waiting) if not request.reply.done()), None)
+        if first is not None:
+            self._deadline = self._loop.call_at(max(first.expires, now + 0.001), self._look_at_the_clock)
+
+    def _keep_alive(self) -> None:
+        """Ask a server that has been silent whether it is there; so that nobody on the way forgets the connection."""
+        self._beat = self._loop.call_later(self.timeout / 4, self._keep_alive)
+        now = self._loop.time()
+        if now - self._heard >= self.timeout / 4 and not (self._written or self._waiting or self.is_held):
+            request = Request(None, ("PING",), self._loop.create_future(), now + self.timeout / 2)
+            request.reply.add_done_callback(partial(self._measured, now))
+            self.send(request)
+
+    def _measured(self, asked: float, reply: asyncio.Future[Any]) -> None:
+        if not reply.cancelled() and reply.exception() is None:
+            self.latency = self._loop.time() - asked
+
+
+class CommandLink(Link):
+    """The connection that publishes, and whatever else is asked of a server.
+
+    Args:
+        redirected: Called with a request that another server of the Cluster has to carry out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], AbstractConnection],
+        crew: Crew,
+        timeout: float,
+        changed: Callable[[Link], None],
+        redirected: Callable[[CommandLink, Request, AskError], None],
+    ) -> None:
+        super().__init__(name, connect, crew, timeout, changed)
+        self._redirected = redirected
+
+    @override
+    def _received(self, reply: Any) -> None:
+        request = self._oldest()
+        if isinstance(reply, AskError) and not request.reply.done():
+            self._redirected(self, request, reply)
+            return
+        request.answer(reply)
+        if isinstance(reply, ReadOnlyError):
+            self._break()  # it was the primary once; whoever is now is found by connecting anew
+
+
+class SubscriberLink(Link):
+    """The connection that subscribes.
+
+    Args:
+        deliver: Called with a Pub/Sub channel and what was published there.
+        revoked: Called with a Pub/Sub channel that has moved to another server.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], AbstractConnection],
+        crew: Crew,
+        timeout: float,
+        changed: Callable[[Link], None],
+        deliver: Callable[[bytes, bytes], None],
+        revoked: Callable[[bytes], None],
+    ) -> None:
+        super().__init__(name, connect, crew, timeout, changed)
+        #: Whether the server has confirmed all that this process wants to hear from it.
+        self.is_restored = False
+        self._deliver = deliver
+        self._revoked = revoked
+
+    @override
+    def _received(self, reply: Any) -> None:
+        kind = reply[0] if type(reply) is list else None
+        if kind in (b"message", b"smessage"):
+            self._deliver(reply[1], reply[2])
+        elif kind == b"sunsubscribe" and not self._has_asked_for(reply[1]):
+            self._revoked(reply[1])
+        else:
+            self._oldest().answer(reply)
+
+    def _has_asked_for(self, channel: bytes) -> bool:
+        if not self._written:
+            return False
+        command = self._written[0].command
+        return command[0] == "SUNSUBSCRIBE" and str(command[1]).encode() == channel
+
+
+async def _disconnect(connection: AbstractConnection) -> None:
+    with contextlib.suppress(RedisError, OSError):  # it is gone either way
+        await connection.disconnect(nowait=True)

@@ -1,0 +1,301 @@
+"""Which Redis servers there are, which of them keeps what, and connections to them: the door to redis-py.
+
+redis-py opens the connections (TLS, credentials, database, RESP), asks the Sentinels for the primary and the Cluster
+for its slots. It doesn't reconnect, retry or subscribe here: that is the links' business, which know what was written.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import NoBackoff
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
+from redis.exceptions import RedisError
+from typing_extensions import override
+
+from fastapi_channels.exceptions import LayerUnavailable
+
+__all__ = ["Cluster", "OneServer", "Servers", "servers_of"]
+
+#: What a connection of ours is like, whatever the client that was handed in is like. The deadlines are the link's own:
+#: one of redis-py's would make a task of every write on Python 3.11.
+_LINK: dict[str, Any] = {
+    "decode_responses": False,
+    "encoding": "utf-8",
+    "encoding_errors": "strict",
+    "health_check_interval": 0,
+    "protocol": 2,
+    "retry_on_error": [],
+    "retry_on_timeout": False,
+    "socket_timeout": None,
+}
+
+#: What belongs to a client's own pool: redis-py has these announce maintenance, by RESP3.
+_NOT_FOR_LINKS = ("maint", "oss_cluster_maint", "orig_")
+
+
+class Servers(ABC):
+    """The servers behind one layer.
+
+    Attributes:
+        shown: Where they are, for people to read; without the password.
+        db: The database number.
+        publish: The name of the command that publishes.
+        subscribe: The one that subscribes.
+        unsubscribe: The one that unsubscribes.
+        can_change: Whether a key can move from one server to another.
+    """
+
+    publish = "PUBLISH"
+    subscribe = "SUBSCRIBE"
+    unsubscribe = "UNSUBSCRIBE"
+    can_change = False
+
+    def __init__(self, shown: str, db: int) -> None:
+        self.shown = shown
+        self.db = db
+
+    @abstractmethod
+    def of(self, key: str) -> str:
+        """The name of the server that has this key, or Pub/Sub channel.
+
+        Raises:
+            LayerUnavailable: There is none.
+        """
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """The names of all servers that have keys."""
+
+    @abstractmethod
+    def connection(self, name: str, connect_timeout: float) -> AbstractConnection:
+        """A new connection to that server, not connected yet."""
+
+    async def find(self) -> Sequence[str]:
+        """Ask which server has which slot; `use` puts the answer to use.
+
+        Raises:
+            Exception: None could be asked.
+        """
+        return ()
+
+    def losing(self, found: Sequence[str]) -> Collection[str]:
+        """The servers that have less than before, if that is so."""
+        return ()
+
+    def use(self, found: Sequence[str]) -> None:
+        """Choose servers by what was found from now on."""
+
+    async def close(self) -> None:
+        """Let go of what was needed to find servers."""
+
+
+class OneServer(Servers):
+    """A single server, or the primary that the Sentinels name."""
+
+    def __init__(self, pool: ConnectionPool, shown: str, sentinel: Sentinel | None = None) -> None:
+        super().__init__(shown, int(pool.connection_kwargs.get("db") or 0))
+        self._pool = pool
+        self._sentinel = sentinel
+
+    @override
+    def of(self, key: str) -> str:
+        return self.shown
+
+    @override
+    def names(self) -> Collection[str]:
+        return (self.shown,)
+
+    @override
+    def connection(self, name: str, connect_timeout: float) -> AbstractConnection:
+        return _connection(self._pool.connection_class, self._pool.connection_kwargs, connect_timeout)
+
+    @override
+    async def close(self) -> None:
+        if self._sentinel is not None:
+            for client in self._sentinel.sentinels:
+                await client.aclose()
+
+
+class Cluster(Servers):
+    """The primaries of a Cluster, with sharded Pub/Sub: a channel lives where the key of that name would.
+
+    Spec:
+        Redis Cluster specification; sharded Pub/Sub since Redis 7.0.
+    """
+
+    publish = "SPUBLISH"
+    subscribe = "SSUBSCRIBE"
+    unsubscribe = "SUNSUBSCRIBE"
+    can_change = True
+
+    def __init__(self, client: RedisCluster, shown: str, *, is_ours: bool) -> None:
+        super().__init__(shown, 0)
+        self._client = client
+        self._is_ours = is_ours
+        self._slots: Sequence[str] = ()
+
+    @override
+    def of(self, key: str) -> str:
+        name = self._slots[self._client.keyslot(key)] if self._slots else ""
+        if not name:
+            raise LayerUnavailable(f"{self.shown}: no server is known that has the slot of this name")
+        return name
+
+    @override
+    def names(self) -> Collection[str]:
+        return {name for name in self._slots if name}
+
+    @override
+    def connection(self, name: str, connect_timeout: float) -> AbstractConnection:
+        node = self._client.get_node(node_name=name)
+        if node is None:
+            raise LayerUnavailable(f"{name} is no server of the Cluster any more")
+        return _connection(node.connection_class, node.connection_kwargs, connect_timeout)
+
+    @override
+    async def find(self) -> Sequence[str]:
+        nodes = self._client.nodes_manager
+        await nodes.initialize()
+        slots = [""] * REDIS_CLUSTER_HASH_SLOTS
+        for slot, (primary, *_) in nodes.slots_cache.items():
+            slots[slot] = str(primary.name)
+        if self._is_ours:  # the connections were needed to ask
+            for node in (*nodes.nodes_cache.values(), *nodes.startup_nodes.values()):
+                await node.disconnect()
+        return slots
+
+    @override
+    def losing(self, found: Sequence[str]) -> Collection[str]:
+        return {before for before, after in zip(self._slots, found, strict=False) if before != after}
+
+    @override
+    def use(self, found: Sequence[str]) -> None:
+        self._slots = found
+
+    @override
+    async def close(self) -> None:
+        if self._is_ours:
+            await self._client.aclose()
+
+
+def servers_of(source: str | Redis | RedisCluster, timeout: float) -> Servers:
+    """The servers that a URL or a redis-py client names.
+
+    Args:
+        source: `redis://[[user]:password@]host[:port][/db]`, `rediss://` with TLS, `unix://path`,
+            `redis+sentinel://[user:password@]host:port[,host:port]/service[/db]`,
+            `redis+cluster://[user:password@]host:port[,host:port]`, the last two also as `rediss+...`, each with
+            redis-py's options behind a question mark; or a client of `redis.asyncio`.
+        timeout: For asking Sentinels and Cluster nodes, in seconds.
+
+    Raises:
+        ValueError: It is none of these; the text holds no password.
+    """
+    if isinstance(source, Redis):
+        return OneServer(source.connection_pool, _shown_client(source.connection_pool.connection_kwargs))
+    if isinstance(source, RedisCluster):
+        return Cluster(source, "the Cluster of the client", is_ours=False)
+    if not isinstance(source, str):
+        raise ValueError(f"a Redis URL or a client of redis.asyncio, not a {type(source).__name__}")
+    try:
+        return _from_url(source, timeout)
+    except (RedisError, TypeError, ValueError) as error:
+        raise ValueError(f"{shown_url(source)}: {error}") from None
+
+
+def shown_url(url: str) -> str:
+    """A URL for people to read: without a password, and without what is behind a question mark, which may hold one."""
+    return re.sub(r"(//[^/@]*?)(:[^/]*)?@", r"\1:***@", url.partition("?")[0])
+
+
+def _shown_client(kwargs: dict[str, Any]) -> str:
+    where = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+    return f"redis://{where}/{kwargs.get('db') or 0}"
+
+
+def _from_url(url: str, timeout: float) -> Servers:
+    scheme, _, rest = url.partition("://")
+    tls, _, kind = scheme.partition("+")
+    if tls not in ("redis", "rediss", "unix") or kind not in ("", "sentinel", "cluster") or (tls == "unix" and kind):
+        raise ValueError("not a Redis URL")
+    shown = shown_url(url)
+    servers: Servers
+    if not kind:
+        if tls != "unix" and _pieces(rest)[1].strip("/") and not _pieces(rest)[1].strip("/").isdecimal():
+            raise ValueError("the database is a number")
+        servers = OneServer(ConnectionPool.from_url(url), shown)
+    else:
+        authority, path, query = _pieces(rest)
+        credentials, _, hosts = authority.rpartition("@")
+        addresses = [_address(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
+        # redis-py reads the credentials and options, as it does for a single server.
+        options: dict[str, Any] = {**parse_url(f"{tls}://{credentials}{'@' if credentials else ''}localhost?{query}")}
+        for name in ("host", "port"):
+            options.pop(name, None)
+        is_tls = options.pop("connection_class", None) is not None
+        if kind == "sentinel":
+            servers = _sentinel(addresses, path, {**options, "ssl": is_tls}, timeout, shown)
+        else:
+            if path.strip("/") not in ("", "0"):
+                raise ValueError("a Cluster has one database, 0")
+            nodes = [ClusterNode(host, port) for host, port in addresses]
+            client: dict[str, Any] = {
+                "protocol": 2,
+                "require_full_coverage": False,
+                "socket_connect_timeout": timeout / 2,
+                "socket_timeout": timeout / 2,
+                "ssl": is_tls,
+                **options,
+            }
+            return Cluster(RedisCluster(startup_nodes=nodes, **client), shown, is_ours=True)
+    servers.connection(shown, timeout)  # raises for an option that there isn't
+    return servers
+
+
+def _sentinel(
+    addresses: list[tuple[str, int]], path: str, options: dict[str, Any], timeout: float, shown: str
+) -> OneServer:
+    service, _, db = path.strip("/").partition("/")
+    if not service:
+        raise ValueError("the name of the service is missing: redis+sentinel://host:port/service/db")
+    if db and not db.isdecimal():
+        raise ValueError("the database is a number")
+    sentinel_options = {
+        name.removeprefix("sentinel_"): options.pop(name)
+        for name in ("sentinel_username", "sentinel_password")
+        if name in options
+    }
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        addresses,
+        sentinel_kwargs={"socket_timeout": timeout / 2, "socket_connect_timeout": timeout / 2, **sentinel_options},
+    )
+    pool = SentinelConnectionPool(service, sentinel, db=int(db or 0), **options)  # type: ignore[no-untyped-call]
+    return OneServer(pool, shown, sentinel)
+
+
+def _pieces(rest: str) -> tuple[str, str, str]:
+    before, _, query = rest.partition("?")
+    authority, _, path = before.partition("/")
+    return authority, path, query
+
+
+def _address(text: str, default_port: int) -> tuple[str, int]:
+    parsed = urlsplit(f"//{text}")
+    if not parsed.hostname:
+        raise ValueError("a host is missing")
+    return parsed.hostname, parsed.port or default_port
+
+
+def _connection(kind: type[AbstractConnection], options: dict[str, Any], connect_timeout: float) -> AbstractConnection:
+    given: dict[str, Any] = {name: value for name, value in options.items() if not name.startswith(_NOT_FOR_LINKS)}
+    return kind(**{**given, **_LINK, "retry": Retry(NoBackoff(), 0), "socket_connect_timeout": connect_timeout})
