@@ -406,8 +406,6 @@ class SubscriberLink(Link):
         revoked: Callable[[bytes], None],
     ) -> None:
         super().__init__(name, connect, crew, timeout, changed)
-        #: Whether the server has confirmed all that this process wants to hear from it.
-        self.is_restored = False
         self._deliver = deliver
         self._revoked = revoked
 

@@ -79,6 +79,8 @@ class Links:
         self._commands: dict[str, CommandLink] = {}
         self._subscribers: dict[str, SubscriberLink] = {}
         self._subscriptions: dict[bytes, Subscription] = {}
+        #: Those that were heard, or should have been, and aren't.
+        self._unheard: set[Subscription] = set()
         self._moved: list[Request] = []
         self._is_mapping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,6 +102,8 @@ class Links:
             self._why = error
             self._map_anew()
         self._make_links()
+        if self._servers.asks_regularly:
+            self._start(self._ask_regularly())
 
     async def connected(self) -> None:
         """Wait until everything is connected and confirmed.
@@ -138,11 +142,9 @@ class Links:
         if not self._commands:
             wrong[""] = f"{self._servers.shown}: no server is known: {self._why}"
         can_send = bool(self._commands) and all(link.is_up for link in links if isinstance(link, CommandLink))
-        can_receive = all(link.is_restored for link in links if isinstance(link, SubscriberLink)) and all(
-            subscription.link is not None for subscription in self._subscriptions.values()
-        )
-        if not wrong and not can_receive:
-            wrong[""] = f"{self._servers.shown}: the subscriptions are being restored"
+        can_receive = not self._unheard and all(link.is_up for link in links if isinstance(link, SubscriberLink))
+        if not wrong and self._unheard:
+            wrong[""] = f"{self._servers.shown}: {len(self._unheard)} subscriptions are being restored"
         latencies = [link.latency for link in links if link.latency is not None]
         return Health(not wrong, "; ".join(wrong.values()), can_send, can_receive, max(latencies, default=None))
 
@@ -213,8 +215,10 @@ class Links:
     def unsubscribe(self, address: str) -> None:
         """Hear a channel no more."""
         subscription = self._subscriptions.pop(address.encode(), None)
-        if subscription is not None and subscription.link is not None and subscription.link.is_up:
-            subscription.link.tell(self._servers.unsubscribe, address)
+        if subscription is not None:
+            self._unheard.discard(subscription)
+            if subscription.link is not None and subscription.link.is_up:
+                subscription.link.tell(self._servers.unsubscribe, address)
 
     def _place(self, subscription: Subscription) -> None:
         """Give a subscription to the link of the server that has it, and ask for it if that is up."""
@@ -222,6 +226,7 @@ class Links:
             name = self._servers.of(subscription.address)
         except LayerUnavailable:
             subscription.link = None
+            self._unheard.add(subscription)
             self._map_anew()
             return
         subscription.link = self._subscriber(name)
@@ -243,6 +248,7 @@ class Links:
                 self._map_anew()
             elif error is not None:
                 subscription.is_refused = True
+                self._unheard.discard(subscription)
                 if not subscription.first.done():
                     subscription.first.set_exception(LayerUnavailable(f"{link.name}: {error}"))
                 else:
@@ -252,6 +258,10 @@ class Links:
                 if not subscription.first.done():
                     subscription.first.set_result(None)
                 subscription.confirmed()
+                if subscription in self._unheard:
+                    self._unheard.discard(subscription)
+                    if not self._unheard:
+                        self._tell()
 
         reply.add_done_callback(answered)
         return reply
@@ -265,8 +275,6 @@ class Links:
                 if subscription.link is link and not (subscription.is_confirmed or subscription.is_refused)
             ]
             if not missing:
-                link.is_restored = True
-                self._tell()
                 return
             for start in range(0, len(missing), BATCH):
                 batch = [subscription for subscription in missing[start : start + BATCH] if subscription.link is link]
@@ -285,10 +293,7 @@ class Links:
     def _revoked(self, address: bytes) -> None:
         subscription = self._subscriptions.get(address)
         if subscription is not None:
-            subscription.is_confirmed = False
-            if subscription.link is not None:
-                subscription.link.is_restored = False
-            self._gap()
+            self._unhear([subscription])
             self._map_anew()
 
     # Links
@@ -322,24 +327,20 @@ class Links:
         if isinstance(link, SubscriberLink):
             if link.is_up:
                 self._start(self._restore(link))
-            elif link.is_restored:
-                link.is_restored = False
-                for subscription in self._subscriptions.values():
-                    if subscription.link is link:
-                        subscription.is_confirmed = subscription.is_refused = False
-                self._gap()
             else:
-                for subscription in self._subscriptions.values():
-                    if subscription.link is link:
-                        subscription.is_confirmed = False
+                self._unhear([it for it in self._subscriptions.values() if it.link is link])
         if not link.is_up and self._servers.can_change:
             self._map_anew()
         self._tell()
 
-    def _gap(self) -> None:
-        """Take note that this process doesn't hear all that is sent to its groups."""
-        self._counters.gaps += 1
-        self._has_gap = True
+    def _unhear(self, subscriptions: Sequence[Subscription]) -> None:
+        """Take note that this process doesn't hear these until they are confirmed anew."""
+        if any(subscription.is_confirmed for subscription in subscriptions):
+            self._counters.gaps += 1
+            self._has_gap = True
+        for subscription in subscriptions:
+            subscription.is_confirmed = subscription.is_refused = False
+        self._unheard.update(subscriptions)
 
     def _tell(self) -> None:
         """Log when something is lost and when all is well again, and wake who waits for that."""
@@ -369,6 +370,11 @@ class Links:
         if not self._is_mapping and not self._closed:
             self._is_mapping = True
             self._start(self._map())
+
+    async def _ask_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._timeout / 2)
+            self._map_anew()
 
     async def _map(self) -> None:
         """Find out which server has what, again until everything has its place."""
@@ -408,11 +414,14 @@ class Links:
             link.is_held = False
         for request in requests:
             self._send(request)
-        for subscription in list(self._subscriptions.values()):
-            if self._has_moved(subscription):
-                self._move(subscription)
+        moving = [subscription for subscription in self._subscriptions.values() if self._has_moved(subscription)]
+        self._unhear(moving)
+        for subscription in moving:
+            if subscription.link is not None and subscription.link.is_up:
+                subscription.link.tell(self._servers.unsubscribe, subscription.address)
+            self._place(subscription)
         for subscriber in self._subscribers.values():
-            if subscriber.is_up and not subscriber.is_restored:
+            if subscriber.is_up:
                 self._start(self._restore(subscriber))
         names = set(self._servers.names())
         for gone in [link for link in self._all() if link.name not in names]:
@@ -426,13 +435,6 @@ class Links:
         except LayerUnavailable:
             return False
         return subscription.link is None or subscription.link is not self._subscribers.get(name)
-
-    def _move(self, subscription: Subscription) -> None:
-        before = subscription.link
-        if before is not None and before.is_up:
-            before.tell(self._servers.unsubscribe, subscription.address)
-        subscription.is_confirmed = False
-        self._place(subscription)
 
     def _is_settled(self) -> bool:
         return (

@@ -113,12 +113,12 @@ class QueueReader:
     def go_on(self) -> None:
         """Fetch for who waits: there may be a message."""
         while self._waiting and self._waiting[0].done():
-            self._waiting.popleft()
+            del self._waiting[0]
         self._has_news = self._fetching is not None
         if self._waiting and not self._has_news:
             fetching = self._fetch()
-            fetching.add_done_callback(self._fetched)
             self._fetching = fetching
+            fetching.add_done_callback(self._fetched)
 
     def _fetched(self, fetching: asyncio.Future[bytes | None]) -> None:
         self._fetching = None

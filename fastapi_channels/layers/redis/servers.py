@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, parse_url
+from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fastapi_channels.exceptions import LayerUnavailable
 
-__all__ = ["Cluster", "OneServer", "Servers", "servers_of"]
+__all__ = ["Cluster", "OneServer", "Sentinels", "Servers", "servers_of"]
 
 #: What a connection of ours is like, whatever the client that was handed in is like. The deadlines are the link's own:
 #: one of redis-py's would make a task of every write on Python 3.11.
@@ -53,12 +53,14 @@ class Servers(ABC):
         subscribe: The one that subscribes.
         unsubscribe: The one that unsubscribes.
         can_change: Whether a key can move from one server to another.
+        asks_regularly: Whether nobody tells us when one does.
     """
 
     publish = "PUBLISH"
     subscribe = "SUBSCRIBE"
     unsubscribe = "UNSUBSCRIBE"
     can_change = False
+    asks_regularly = False
 
     def __init__(self, shown: str, db: int) -> None:
         self.shown = shown
@@ -100,12 +102,11 @@ class Servers(ABC):
 
 
 class OneServer(Servers):
-    """A single server, or the primary that the Sentinels name."""
+    """A single server."""
 
-    def __init__(self, pool: ConnectionPool, shown: str, sentinel: Sentinel | None = None) -> None:
+    def __init__(self, pool: ConnectionPool, shown: str) -> None:
         super().__init__(shown, int(pool.connection_kwargs.get("db") or 0))
         self._pool = pool
-        self._sentinel = sentinel
 
     @override
     def of(self, key: str) -> str:
@@ -119,10 +120,59 @@ class OneServer(Servers):
     def connection(self, name: str, connect_timeout: float) -> AbstractConnection:
         return _connection(self._pool.connection_class, self._pool.connection_kwargs, connect_timeout)
 
+
+class Sentinels(Servers):
+    """The one server that the Sentinels name as the primary, now another than before.
+
+    Spec:
+        Redis Sentinel's guidelines for clients.
+    """
+
+    can_change = True
+    # A primary that is replaced on purpose goes on for some seconds as if it knew nothing of it.
+    asks_regularly = True
+
+    def __init__(self, pool: SentinelConnectionPool, shown: str, *, is_ours: bool) -> None:
+        super().__init__(shown, int(pool.connection_kwargs.get("db") or 0))
+        self._pool = pool
+        self._is_ours = is_ours
+        self._primary: Sequence[str] = ()
+
+    @override
+    def of(self, key: str) -> str:
+        if not self._primary:
+            raise LayerUnavailable(f"{self.shown}: the Sentinels name no primary")
+        return self._primary[0]
+
+    @override
+    def names(self) -> Collection[str]:
+        return self._primary
+
+    @override
+    def connection(self, name: str, connect_timeout: float) -> AbstractConnection:
+        host, _, port = name.rpartition(":")
+        options = {**self._pool.connection_kwargs, "host": host, "port": int(port)}
+        del options["connection_pool"]
+        is_tls = issubclass(self._pool.connection_class, SSLConnection)
+        return _connection(SSLConnection if is_tls else Connection, options, connect_timeout)
+
+    @override
+    async def find(self) -> Sequence[str]:
+        host, port = await self._pool.sentinel_manager.discover_master(self._pool.service_name)
+        return (f"{host}:{port}",)
+
+    @override
+    def losing(self, found: Sequence[str]) -> Collection[str]:
+        return set(self._primary) - set(found)
+
+    @override
+    def use(self, found: Sequence[str]) -> None:
+        self._primary = found
+
     @override
     async def close(self) -> None:
-        if self._sentinel is not None:
-            for client in self._sentinel.sentinels:
+        if self._is_ours:
+            for client in self._pool.sentinel_manager.sentinels:
                 await client.aclose()
 
 
@@ -202,7 +252,10 @@ def servers_of(source: str | Redis | RedisCluster, timeout: float) -> Servers:
         ValueError: It is none of these; the text holds no password.
     """
     if isinstance(source, Redis):
-        return OneServer(source.connection_pool, _shown_client(source.connection_pool.connection_kwargs))
+        pool = source.connection_pool
+        if isinstance(pool, SentinelConnectionPool):
+            return Sentinels(pool, f"the Sentinels' {pool.service_name}", is_ours=False)
+        return OneServer(pool, _shown_client(pool.connection_kwargs))
     if isinstance(source, RedisCluster):
         return Cluster(source, "the Cluster of the client", is_ours=False)
     if not isinstance(source, str):
@@ -229,47 +282,42 @@ def _from_url(url: str, timeout: float) -> Servers:
     if tls not in ("redis", "rediss", "unix") or kind not in ("", "sentinel", "cluster") or (tls == "unix" and kind):
         raise ValueError("not a Redis URL")
     shown = shown_url(url)
-    servers: Servers
     if not kind:
-        if tls != "unix" and _pieces(rest)[1].strip("/") and not _pieces(rest)[1].strip("/").isdecimal():
-            raise ValueError("the database is a number")
-        servers = OneServer(ConnectionPool.from_url(url), shown)
-    else:
-        authority, path, query = _pieces(rest)
-        credentials, _, hosts = authority.rpartition("@")
-        addresses = [_address(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
-        # redis-py reads the credentials and options, as it does for a single server.
-        options: dict[str, Any] = {**parse_url(f"{tls}://{credentials}{'@' if credentials else ''}localhost?{query}")}
-        for name in ("host", "port"):
-            options.pop(name, None)
-        is_tls = options.pop("connection_class", None) is not None
-        if kind == "sentinel":
-            servers = _sentinel(addresses, path, {**options, "ssl": is_tls}, timeout, shown)
-        else:
-            if path.strip("/") not in ("", "0"):
-                raise ValueError("a Cluster has one database, 0")
-            nodes = [ClusterNode(host, port) for host, port in addresses]
-            client: dict[str, Any] = {
-                "protocol": 2,
-                "require_full_coverage": False,
-                "socket_connect_timeout": timeout / 2,
-                "socket_timeout": timeout / 2,
-                "ssl": is_tls,
-                **options,
-            }
-            return Cluster(RedisCluster(startup_nodes=nodes, **client), shown, is_ours=True)
-    servers.connection(shown, timeout)  # raises for an option that there isn't
-    return servers
+        if tls != "unix":
+            _database(_pieces(rest)[1])
+        server = OneServer(ConnectionPool.from_url(url), shown)
+        server.connection(shown, timeout)  # raises for an option that there isn't
+        return server
+    authority, path, query = _pieces(rest)
+    credentials, _, hosts = authority.rpartition("@")
+    addresses = [_address(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
+    # redis-py reads the credentials and options, as it does for a single server.
+    options: dict[str, Any] = {**parse_url(f"{tls}://{credentials}{'@' if credentials else ''}localhost?{query}")}
+    del options["host"]
+    options["ssl"] = options.pop("connection_class", None) is not None
+    if kind == "sentinel":
+        servers = _sentinels(addresses, path, options, timeout, shown)
+        servers.connection("localhost:1", timeout)
+        return servers
+    if path not in ("", "0"):
+        raise ValueError("a Cluster has one database, 0")
+    nodes = [ClusterNode(host, port) for host, port in addresses]
+    client = {
+        "protocol": 2,
+        "require_full_coverage": False,
+        "socket_connect_timeout": timeout / 2,
+        "socket_timeout": timeout / 2,
+        **options,
+    }
+    return Cluster(RedisCluster(startup_nodes=nodes, **client), shown, is_ours=True)
 
 
-def _sentinel(
+def _sentinels(
     addresses: list[tuple[str, int]], path: str, options: dict[str, Any], timeout: float, shown: str
-) -> OneServer:
-    service, _, db = path.strip("/").partition("/")
+) -> Sentinels:
+    service, _, db = path.partition("/")
     if not service:
         raise ValueError("the name of the service is missing: redis+sentinel://host:port/service/db")
-    if db and not db.isdecimal():
-        raise ValueError("the database is a number")
     sentinel_options = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in ("sentinel_username", "sentinel_password")
@@ -279,14 +327,21 @@ def _sentinel(
         addresses,
         sentinel_kwargs={"socket_timeout": timeout / 2, "socket_connect_timeout": timeout / 2, **sentinel_options},
     )
-    pool = SentinelConnectionPool(service, sentinel, db=int(db or 0), **options)  # type: ignore[no-untyped-call]
-    return OneServer(pool, shown, sentinel)
+    pool = SentinelConnectionPool(service, sentinel, db=_database(db), **options)  # type: ignore[no-untyped-call]
+    return Sentinels(pool, shown, is_ours=True)
+
+
+def _database(path: str) -> int:
+    if path and not path.isdecimal():
+        raise ValueError("the database is a number")
+    return int(path or 0)
 
 
 def _pieces(rest: str) -> tuple[str, str, str]:
+    """What stands before the path, in it, and behind the question mark."""
     before, _, query = rest.partition("?")
     authority, _, path = before.partition("/")
-    return authority, path, query
+    return authority, path.rstrip("/"), query
 
 
 def _address(text: str, default_port: int) -> tuple[str, int]:
