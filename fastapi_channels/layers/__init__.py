@@ -17,6 +17,7 @@ from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import BACKENDS, backend, make_layer
 from fastapi_channels.layers.memory import MemoryLayer
 from fastapi_channels.layers.names import safe_name
+from fastapi_channels.layers.publisher import AsyncPublisher, Publisher
 from fastapi_channels.layers.sink import Direct, Sink
 from fastapi_channels.layers.wire import Serializer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fastapi_channels.layers.redis import RedisLayer
 
 __all__ = [
+    "AsyncPublisher",
     "ChannelFull",
     "ChannelLayer",
     "Counters",
@@ -36,6 +38,7 @@ __all__ = [
     "LayerUnavailable",
     "MemoryLayer",
     "Message",
+    "Publisher",
     "Receipt",
     "RedisLayer",
     "Serializer",

@@ -123,32 +123,50 @@ class ChannelLayer(ABC):
         self._groups: dict[str, dict[str, Sink]] = {}
         self._subscribed: set[str] = set()
         self._turns: dict[str, _Turn] = {}
+        self._is_ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crew: Crew | None = None
+        self._opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     # Opening and closing
 
     @property
     def is_open(self) -> bool:
         """Whether it can carry messages on the running event loop."""
-        return self._loop is not None and self._loop is asyncio.get_running_loop()
+        return self._is_ready and self._loop is asyncio.get_running_loop()
 
     @property
     def is_running(self) -> bool:
         """Whether it is open on an event loop that runs; to be asked from any thread."""
-        return self._loop is not None and self._loop.is_running()
+        return self._is_ready and self._loop is not None and self._loop.is_running()
 
     async def open(self) -> None:
-        """Make it ready on the running event loop; does nothing if it is."""
-        if not self.is_open:
-            self._loop = asyncio.get_running_loop()
-            self._crew = Crew(self._loop)
+        """Make it ready on the running event loop; does nothing if it is. Several may call it at once.
+
+        Raises:
+            LayerUnavailable: Its broker can't be reached.
+            SettingsError: Its broker does not take the credentials.
+        """
+        loop = asyncio.get_running_loop()
+        if self._opening is None or self._opening[0] is not loop:
+            self._opening = loop, asyncio.Lock()
+        async with self._opening[1]:
+            if self.is_open:
+                return
+            self._loop = loop
+            self._crew = Crew(loop)
             # Not earlier: a server may load the application first and fork its workers then.
             self._node = secrets.token_hex(6)
+            try:
+                await self._connect()
+            except BaseException:
+                await self.close()
+                raise
+            self._is_ready = True
 
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
-        self._loop = None
+        self._is_ready = False
         for attached in self._attached.values():
             if isinstance(attached.sink, Inbox):
                 attached.sink.end(closed())
@@ -156,6 +174,10 @@ class ChannelLayer(ABC):
         self._groups.clear()
         self._subscribed.clear()
         self._turns.clear()
+        try:
+            await self._disconnect()
+        finally:
+            self._loop = None
 
     async def health(self) -> Health:
         """Whether it can do its work; answers at once, from what it knows."""
@@ -357,6 +379,12 @@ class ChannelLayer(ABC):
     async def _dequeue(self, name: str) -> Envelope:
         """The oldest message of a named queue; waits for one, and loses none when it is cancelled."""
 
+    async def _connect(self) -> None:
+        """Connect to the broker."""
+
+    async def _disconnect(self) -> None:
+        """Let go of the broker; called also when `_connect` has failed, or was never called."""
+
     async def _send_to_node(self, channel: str, envelope: Envelope) -> None:
         """Bring the envelope to a channel of another process; without a broker there is none."""
         self.counters.unreachable += 1
@@ -430,7 +458,7 @@ class ChannelLayer(ABC):
         return Envelope.of(message, self._now() + self.expiry)
 
     def _now(self) -> float:
-        if self._loop is None:
+        if not self._is_ready or self._loop is None:
             raise closed()
         return self._loop.time()
 

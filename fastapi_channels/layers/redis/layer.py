@@ -102,29 +102,21 @@ class RedisLayer(ChannelLayer):
         self._complained = 0.0
 
     @override
-    async def open(self) -> None:
-        if self.is_open:
-            return
-        await super().open()
+    async def _connect(self) -> None:
         links = self._links = Links(self._servers, self.crew, self.timeout, self.counters, listens=self.listens)
+        await links.open()
+        if self.listens:
+            links.subscribe(self._node_address(self._node), self._heard_channel)
         try:
-            await links.open()
-            if self.listens:
-                links.subscribe(self._node_address(self._node), self._heard_channel)
             await links.connected()
         except LayerUnavailable as error:
             if self.start == "fail":
-                await self.close()
-                raise LayerUnavailable(f'{error} (start="degraded" starts without it)') from error
+                raise
             logger.warning("%s; starting without it", error)
-        except BaseException:
-            await self.close()
-            raise
 
     @override
-    async def close(self) -> None:
+    async def _disconnect(self) -> None:
         links, self._links = self._links, None
-        await super().close()
         queues, self._queues = self._queues, {}
         if links is not None:
             await asyncio.gather(*(queue.end(closed()) for queue in queues.values()))
@@ -146,9 +138,7 @@ class RedisLayer(ChannelLayer):
 
     @override
     async def health(self) -> Health:
-        if self._links is None or not self.is_open:
-            return await super().health()
-        return self._links.health()
+        return await super().health() if self._links is None else self._links.health()
 
     # Groups
 
@@ -285,7 +275,7 @@ class RedisLayer(ChannelLayer):
             raise InvalidMessage(f"the serializer can't write the message {envelope.type!r}: {error}") from error
 
     def _unpacked(self, data: bytes, address: str) -> Letter | None:
-        now = self._now()
+        now = self.crew.loop.time()
         try:
             return self._wire.unpack(data, address, now)
         except Unreadable as error:

@@ -120,7 +120,7 @@ class Links:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            raise LayerUnavailable(f"{self._servers.shown} can't be reached: {self.health().detail}") from None
+            raise LayerUnavailable(f"Redis can't be reached: {self.health().detail}") from None
 
     async def close(self) -> None:
         """Disconnect from all servers."""
@@ -210,7 +210,7 @@ class Links:
             async with asyncio.timeout(self._timeout):
                 await asyncio.shield(subscription.first)
         except TimeoutError:
-            raise LayerUnavailable(f"{self._servers.shown} can't be reached: {self.health().detail}") from None
+            raise LayerUnavailable(f"Redis has not confirmed a subscription: {self.health().detail}") from None
 
     def unsubscribe(self, address: str) -> None:
         """Hear a channel no more."""

@@ -1,0 +1,183 @@
+"""Sending without an application: for Celery workers, cron jobs, scripts and shells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import Future
+from types import ModuleType, TracebackType
+from typing import Any, Self, TypeVar
+
+from fastapi_channels._tasks import run_blocking
+from fastapi_channels.exceptions import SettingsError
+from fastapi_channels.layers.base import ChannelLayer, Receipt
+from fastapi_channels.layers.envelope import Message
+from fastapi_channels.layers.factory import LayerSpec, make_layer
+from fastapi_channels.layers.memory import MemoryLayer
+from fastapi_channels.settings import ChannelsSettings
+
+__all__ = ["AsyncPublisher", "Publisher"]
+
+Result = TypeVar("Result")
+
+
+class AsyncPublisher:
+    """Sends to the channels and groups of other processes, from an event loop; an async context manager.
+
+    It connects at the first send, or on entering, holds one connection to each server and subscribes to nothing. With
+    the broker away a send raises LayerUnavailable; the next one tries again.
+
+    Args:
+        url: What stands in `CHANNEL_LAYERS` of the application: a URL, or `{"BACKEND": ..., "CONFIG": {...}}`, with the
+            same prefix, keys and serializer.
+        settings: Instead of a URL, the application's settings module or its dotted path. With neither, the environment
+            says (`CHANNELS_CHANNEL_LAYERS`, `FASTAPI_CHANNELS_SETTINGS`).
+        alias: Which of the layers in the settings.
+
+    Raises:
+        SettingsError: There is no such layer, or it reaches no other process (`memory://`).
+    """
+
+    def __init__(
+        self, url: LayerSpec | None = None, *, settings: str | ModuleType | None = None, alias: str = "default"
+    ) -> None:
+        self._layer = _layer(url, settings, alias)
+
+    async def __aenter__(self) -> Self:
+        await self._layer.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def send(self, channel: str, message: Message) -> None:
+        """See `ChannelLayer.send`."""
+        await self._layer.open()
+        await self._layer.send(channel, message)
+
+    async def group_send(
+        self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
+    ) -> Receipt:
+        """See `ChannelLayer.group_send`."""
+        await self._layer.open()
+        return await self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
+
+    async def close(self) -> None:
+        """Disconnect; a later send connects anew."""
+        await self._layer.close()
+
+
+class Publisher:
+    """The blocking twin of `AsyncPublisher`; a context manager, for any number of threads.
+
+    An event loop in a thread of its own does the work. It may be made before a process forks, as Celery does: each
+    process gets a thread and connections of its own at its first send. Messages of one thread keep their order.
+
+    Args:
+        url: See `AsyncPublisher`.
+        settings: See there.
+        alias: See there.
+
+    Raises:
+        SettingsError: See there.
+    """
+
+    def __init__(
+        self, url: LayerSpec | None = None, *, settings: str | ModuleType | None = None, alias: str = "default"
+    ) -> None:
+        self._make: Callable[[], AsyncPublisher] = lambda: AsyncPublisher(url, settings=settings, alias=alias)
+        self._make()  # raises for wrong settings here, and not in another thread
+        self._worker: _Worker | None = None
+        self._starting = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def __enter__(self) -> Self:
+        self._run(lambda publisher: publisher.__aenter__())
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def send(self, channel: str, message: Message) -> None:
+        """See `ChannelLayer.send`."""
+        self._run(lambda publisher: publisher.send(channel, message))
+
+    def group_send(
+        self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
+    ) -> Receipt:
+        """See `ChannelLayer.group_send`."""
+        return self._run(
+            lambda publisher: publisher.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
+        )
+
+    def close(self) -> None:
+        """Disconnect and end the thread; a later send begins anew."""
+        with self._starting:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def _run(self, call: Callable[[AsyncPublisher], Coroutine[Any, Any, Result]]) -> Result:
+        with self._starting:
+            if self._worker is None:
+                self._worker = _Worker(self._make)
+            worker = self._worker
+        return run_blocking(worker.loop, call(worker.publisher))
+
+    def _forget(self) -> None:
+        """Leave the thread and the connections, which are the parent's, alone."""
+        self._worker = None
+        self._starting = threading.Lock()
+
+
+class _Worker:
+    """A thread with an event loop, and the publisher that lives there."""
+
+    def __init__(self, make: Callable[[], AsyncPublisher]) -> None:
+        started: Future[tuple[asyncio.AbstractEventLoop, AsyncPublisher]] = Future()
+        # A daemon: a process that forgets to close its publisher ends all the same.
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._work(make, started)), name="fastapi-channels-publisher", daemon=True
+        )
+        self._thread.start()
+        self.loop, self.publisher = started.result()
+
+    async def _work(
+        self, make: Callable[[], AsyncPublisher], started: Future[tuple[asyncio.AbstractEventLoop, AsyncPublisher]]
+    ) -> None:
+        self._ended = asyncio.Event()
+        publisher = make()
+        started.set_result((asyncio.get_running_loop(), publisher))
+        try:
+            await self._ended.wait()
+        finally:
+            await publisher.close()
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join()
+
+
+def _layer(url: LayerSpec | None, settings: str | ModuleType | None, alias: str) -> ChannelLayer:
+    if url is not None and settings is not None:
+        raise TypeError("a Publisher takes a URL or settings, not both")
+    loaded = ChannelsSettings.load(settings)
+    if url is None:
+        if alias not in loaded.channel_layers:
+            known = ", ".join(sorted(loaded.channel_layers))
+            raise SettingsError(f"there is no channel layer {alias!r} in CHANNEL_LAYERS, only: {known}")
+        url = loaded.channel_layers[alias]
+    if isinstance(url, ChannelLayer):
+        raise SettingsError("a Publisher makes a layer of its own; name it by a URL, or by BACKEND and CONFIG")
+    layer = make_layer(url, capacity=loaded.capacity, expiry=loaded.expiry)
+    if isinstance(layer, MemoryLayer):
+        raise SettingsError("memory:// reaches no other process; a Publisher needs a broker, such as redis://")
+    layer.listens = False
+    return layer
