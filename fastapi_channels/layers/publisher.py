@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
+from weakref import WeakSet
 
 from fastapi_channels._tasks import run_blocking
 from fastapi_channels.exceptions import SettingsError
@@ -93,8 +94,7 @@ class Publisher:
         self._make()  # raises for wrong settings here, and not in another thread
         self._worker: _Worker | None = None
         self._starting = threading.Lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
+        _publishers.add(self)
 
     def __enter__(self) -> Self:
         self._run(lambda publisher: publisher.__aenter__())
@@ -135,6 +135,19 @@ class Publisher:
         """Leave the thread and the connections, which are the parent's, alone."""
         self._worker = None
         self._starting = threading.Lock()
+
+
+#: Those of this process, which a fork of it has to start anew.
+_publishers: WeakSet[Publisher] = WeakSet()
+
+
+def _forget_all() -> None:
+    for publisher in list(_publishers):
+        publisher._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 class _Worker:

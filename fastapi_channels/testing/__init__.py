@@ -1,15 +1,24 @@
-"""For your tests: a client without a server, and the contract that every layer keeps."""
+"""For your tests: a client without a server, a Redis server, and the contract that every layer keeps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from fastapi_channels.testing.client import ConnectionClosed, RefusedResponse, WebSocketSession, connect
+from fastapi_channels.testing.server import RedisServer, find_server
 
 if TYPE_CHECKING:
     from fastapi_channels.testing.contract import LayerContract
 
-__all__ = ["ConnectionClosed", "LayerContract", "RefusedResponse", "WebSocketSession", "connect"]
+__all__ = [
+    "ConnectionClosed",
+    "LayerContract",
+    "RedisServer",
+    "RefusedResponse",
+    "WebSocketSession",
+    "connect",
+    "find_server",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Every test run with the package installed imports this module, so it imports not
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import pytest
 
 if TYPE_CHECKING:
     from fastapi_channels.layers import ChannelLayer, Envelope, MemoryLayer
+    from fastapi_channels.testing.server import RedisServer
 
-__all__ = ["CaptureGroupSends", "GroupSend", "capture_group_sends", "memory_layer"]
+__all__ = ["CaptureGroupSends", "GroupSend", "capture_group_sends", "memory_layer", "redis_server", "redis_url"]
 
 pytest.register_assert_rewrite("fastapi_channels.testing.contract")
 
@@ -49,6 +51,35 @@ async def memory_layer(anyio_backend: Any) -> AsyncIterator[MemoryLayer]:
 
     async with MemoryLayer() as layer:
         yield layer
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A `RedisServer` for all tests of the run; the fixture `redis_url` empties it.
+
+    If no server is installed, the tests that want it are skipped, or fail if the environment variable CI is set.
+    """
+    from fastapi_channels.testing.server import RedisServer
+
+    try:
+        server = RedisServer()
+    except RuntimeError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of the fixture `redis_server`, which is empty, and runs whatever the test before has done to it."""
+    if redis_server.is_running:
+        redis_server.resume()
+        redis_server.flush()
+    else:
+        redis_server.restart()
+    return redis_server.url
 
 
 @pytest.fixture

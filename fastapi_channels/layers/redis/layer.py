@@ -37,7 +37,7 @@ redis.call(ARGV[2], ARGV[3], ARGV[4])
 return 1
 """
 
-#: How many seconds pass between two log lines about messages that can't be read.
+#: How many seconds pass between two log lines about what can't be read.
 SELDOM = 60.0
 
 
@@ -99,7 +99,7 @@ class RedisLayer(ChannelLayer):
         self._links: Links | None = None
         self._queues: dict[str, QueueReader] = {}
         self._sweep_queues_at = SWEEP
-        self._complained = 0.0
+        self._complain_at = 0.0
 
     @override
     async def _connect(self) -> None:
@@ -238,7 +238,10 @@ class RedisLayer(ChannelLayer):
         element = self.crew.loop.create_future()
 
         def fetched(reply: asyncio.Future[Any]) -> None:
-            if reply.cancelled() or reply.exception() is not None:
+            error = None if reply.cancelled() else reply.exception()
+            if reply.cancelled() or error is not None:
+                if isinstance(error, RedisError):
+                    self._complain(f"the queue {name!r} can't be read: {error}")
                 element.cancel()
             else:
                 expired, first = reply.result()
@@ -275,15 +278,19 @@ class RedisLayer(ChannelLayer):
             raise InvalidMessage(f"the serializer can't write the message {envelope.type!r}: {error}") from error
 
     def _unpacked(self, data: bytes, address: str) -> Letter | None:
-        now = self.crew.loop.time()
         try:
-            return self._wire.unpack(data, address, now)
+            return self._wire.unpack(data, address, self.crew.loop.time())
         except Unreadable as error:
             self.counters.unreadable += 1
-            if now >= self._complained:
-                self._complained = now + SELDOM
-                logger.warning("a message in %s was skipped: %s", address, error)
+            self._complain(f"a message in {address} was skipped: {error}")
             return None
+
+    def _complain(self, text: str) -> None:
+        """Log a warning, unless one was logged a short while ago: strangers could fill the log."""
+        now = self.crew.loop.time()
+        if now >= self._complain_at:
+            self._complain_at = now + SELDOM
+            logger.warning("%s", text)
 
     async def _answer(self, reply: asyncio.Future[Any]) -> Any:
         try:

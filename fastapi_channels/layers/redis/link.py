@@ -150,7 +150,7 @@ class Link(ABC):
         else:
             self._waiting.append(request)
             self._waiting_bytes += request.size
-            self._watch()
+            self._watch(request)
             self.go_on()
 
     def go_on(self) -> None:
@@ -177,6 +177,9 @@ class Link(ABC):
         """Disconnect; whoever still waits gets LayerUnavailable."""
         self._task.cancel()
         await asyncio.wait({self._task})
+        self._went_down(closed := LayerUnavailable("the channel layer was closed"))
+        for request in self.withdraw():
+            request.answer(closed)
         for timer in (self._deadline, self._beat):
             if timer is not None:
                 timer.cancel()
@@ -196,32 +199,27 @@ class Link(ABC):
 
     async def _keep(self) -> None:
         pause = FIRST_PAUSE
-        try:
-            while True:
-                connection: AbstractConnection | None = None
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        connection = self._connect()
-                        await connection.connect()  # type: ignore[no-untyped-call]
-                        # A frozen server's kernel connects too.
-                        await connection.send_command("PING", check_health=False)
-                        await connection.read_response()
-                except Exception as error:  # whatever it is, it is tried again
-                    self.error = error
-                else:
-                    pause = FIRST_PAUSE
-                    self._came_up(connection)
-                    self._went_down(await self._serve(connection))
-                finally:
-                    if connection is not None:
-                        await _disconnect(connection)
-                self._changed(self)
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2 * pause, LONGEST_PAUSE)
-        finally:
-            self._went_down(LayerUnavailable("the channel layer is closed"))
-            for request in self.withdraw():
-                request.answer(LayerUnavailable("the channel layer was closed"))
+        while True:
+            connection: AbstractConnection | None = None
+            try:
+                async with asyncio.timeout(self.timeout):
+                    connection = self._connect()
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                    # A frozen server's kernel connects too.
+                    await connection.send_command("PING", check_health=False)
+                    await connection.read_response()
+            except Exception as error:  # whatever it is, it is tried again
+                self.error = error
+            else:
+                pause = FIRST_PAUSE
+                self._came_up(connection)
+                self._went_down(await self._serve(connection))
+            finally:
+                if connection is not None:
+                    await _disconnect(connection)
+            self._changed(self)
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _serve(self, connection: AbstractConnection) -> Exception:
         """Read what the server sends until the connection is lost; returns why it was."""
@@ -317,12 +315,13 @@ class Link(ABC):
 
     # Watching
 
-    def _watch(self) -> None:
-        """See to it that the oldest request doesn't wait longer than it may."""
-        if self._deadline is None:
-            oldest = self._written or self._waiting
-            if oldest:
-                self._deadline = self._loop.call_at(oldest[0].expires, self._look_at_the_clock)
+    def _watch(self, request: Request) -> None:
+        """See to it that the request doesn't wait longer than it may."""
+        if self._deadline is not None:
+            if self._deadline.when() <= request.expires:
+                return
+            self._deadline.cancel()
+        self._deadline = self._loop.call_at(request.expires, self._look_at_the_clock)
 
     def _look_at_the_clock(self) -> None:
         self._deadline = None
@@ -339,9 +338,10 @@ class Link(ABC):
             request = self._waiting.popleft()
             self._waiting_bytes -= request.size
             request.answer(self._unavailable())
-        first = next((request for request in (*self._written, *self._waiting) if not request.reply.done()), None)
-        if first is not None:
-            self._deadline = self._loop.call_at(max(first.expires, now + 0.001), self._look_at_the_clock)
+        for request in (*self._written, *self._waiting):
+            if not request.reply.done():
+                self._watch(request)
+                break
 
     def _keep_alive(self) -> None:
         """Ask a server that has been silent whether it is there; so that nobody on the way forgets the connection."""

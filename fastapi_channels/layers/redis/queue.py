@@ -18,12 +18,15 @@ __all__ = ["FETCH", "PUT", "PUT_BACK", "QueueReader"]
 #: How many seconds after a failed fetch it is tried again, if nothing else brings it about.
 RETRY = 1.0
 
-# An element is `<time of expiry in ms>:<message>`, by the server's clock.
+# An element is `<time of expiry in ms>:<message>`, by the server's clock. What isn't of that form is not ours; it is
+# handed out all the same, so that somebody says so.
 
 _NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function expires(element) return tonumber(string.match(element, '^%d+')) end
+local function expires(element)
+    return tonumber(string.match(element, '^(%d+):') or now + 1)
+end
 """
 
 #: KEYS: the queue. ARGV: capacity, expiry in ms, the message, the command that publishes, the channel of the queue.
@@ -78,7 +81,8 @@ class QueueReader:
     """Those of this process that read one named queue.
 
     Args:
-        fetch: Asks for the oldest element; the future's result is None if there is none.
+        fetch: Asks for the oldest element; the future's result is None if there is none, and it is cancelled if
+            that can't be told.
         put_back: Puts an element back to where it was taken from.
     """
 
@@ -122,7 +126,7 @@ class QueueReader:
 
     def _fetched(self, fetching: asyncio.Future[bytes | None]) -> None:
         self._fetching = None
-        if fetching.cancelled() or fetching.exception() is not None:
+        if fetching.cancelled():
             if self._retry is None:
                 self._retry = fetching.get_loop().call_later(RETRY, self._try_again)
             return
@@ -155,5 +159,5 @@ class QueueReader:
         if self._fetching is not None:
             fetching = self._fetching
             await asyncio.wait({fetching})
-            if not fetching.exception() and (element := fetching.result()) is not None:
+            if not fetching.cancelled() and (element := fetching.result()) is not None:
                 await asyncio.wait({self._put_back(element)})
