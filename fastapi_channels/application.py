@@ -83,6 +83,8 @@ class Channels:
             for layer in self.layers.values():
                 if not layer.is_open:
                     await self._opened.enter_async_context(layer)
+                    if self.settings.layer_grace is not None:
+                        layer.close_consumers_after(self.settings.layer_grace)
         except BaseException:
             await self.close()
             raise

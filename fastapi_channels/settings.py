@@ -49,7 +49,6 @@ _NOT_YET = frozenset(
         "FIRST_FRAME_TIMEOUT",
         "GROUPS",
         "IDLE_TIMEOUT",
-        "LAYER_GRACE",
         "LIMITER_URL",
         "MAX_BYTES_PER_SECOND",
         "MAX_CONNECTIONS",
@@ -95,6 +94,9 @@ class ChannelsSettings(BaseSettings):
 
     reject_mode: RejectMode = "http"
     """How a handshake is refused."""
+
+    layer_grace: Annotated[float | None, Field(gt=0)] = None
+    """For how many seconds a layer may be unavailable before its consumers are closed with 4010; None for ever."""
 
     drain_timeout: Annotated[float, Field(ge=0)] = 10.0
     """How many seconds a `disconnect` hook may take."""

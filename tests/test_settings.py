@@ -37,7 +37,6 @@ RESERVED = [
     "MAX_BYTES_PER_SECOND",
     "FIRST_FRAME_TIMEOUT",
     "IDLE_TIMEOUT",
-    "LAYER_GRACE",
     "QUERY_TOKEN_KEY",
     "COOKIE_TOKEN_KEY",
     "ASYNCAPI_URL",
@@ -92,6 +91,7 @@ def test_defaults() -> None:
         "outbox_bytes": 4 * 1024 * 1024,
         "overflow": "close",
         "reject_mode": "http",
+        "layer_grace": None,
         "drain_timeout": 10.0,
     }
 
@@ -128,6 +128,7 @@ def test_every_setting_has_an_environment_variable(monkeypatch: pytest.MonkeyPat
         "outbox_bytes": 4,
         "overflow": "latest",
         "reject_mode": "close",
+        "layer_grace": 5.0,
         "drain_timeout": 0.0,
     }
     assert given.keys() == ChannelsSettings.model_fields.keys()
@@ -335,7 +336,7 @@ def test_settings_of_later_versions(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("redis://localhost", "CHANNEL_LAYERS['jobs']: there is no layer for redis://; this version has memory://"),
+        ("amqp://localhost", "CHANNEL_LAYERS['jobs']: there is no layer for amqp; there are memory://, redis://, "),
         (
             {"BACKEND": "nowhere.Layer"},
             "CHANNEL_LAYERS['jobs']: BACKEND 'nowhere.Layer': Invalid python path: No module named 'nowhere",
@@ -357,7 +358,16 @@ def test_a_layer_that_cannot_be_made(spec: Any, expected: str) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "redis://user:hunter2@host/0",
+        "amqp://user:hunter2@host/0",
+        "redis://user:hunter2@host/zero",
+        "redis://user:hunter2@host:port",
+        "redis://:/hunter2@host",
+        "redis://:?hunter2@host",
+        "redis://:#hunter2@host",
+        "redis://:@hunter2@host:x",
+        "redis+sentinel://user:hunter2@host",
+        "redis+cluster://user:hunter2@host,:1/0",
+        "redis+sentinel://host/fc?sentinel_password=hunter2&colour=red",
         "user:hunter2@host",
         "memory://user:hunter2@host",
         "redis://user:hunter2@[::1",

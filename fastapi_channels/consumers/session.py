@@ -25,6 +25,7 @@ from fastapi_channels.connection import Connection, State
 from fastapi_channels.dependencies import Handshake
 from fastapi_channels.exceptions import ConsumerError, FrameTooLarge, InvalidMessage
 from fastapi_channels.layers import ChannelLayer, Envelope
+from fastapi_channels.layers.envelope import CLOSE, SEND
 
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
@@ -375,9 +376,9 @@ class EventLane(Lane[Envelope]):
     def _deliver_unhandled(self, envelope: Envelope) -> None:
         if self._consumer._forwards(envelope.type):
             self._session.forward(envelope)
-        elif envelope.type == "websocket.send":
+        elif envelope.type == SEND:
             self._send(envelope.decode())
-        elif envelope.type == "websocket.close":
+        elif envelope.type == CLOSE:
             event = envelope.decode()
             self._connection.close_soon(checked_close_code(event.get("code", 1000)), str(event.get("reason") or ""))
         else:

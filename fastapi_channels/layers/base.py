@@ -13,6 +13,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, KeysView
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar, final
@@ -20,7 +21,7 @@ from typing import Any, Self, TypeVar, final
 from fastapi_channels._tasks import Crew, Lane, rest_of, run_blocking
 from fastapi_channels.exceptions import ChannelFull, InvalidGroupName, LayerUnavailable
 from fastapi_channels.layers.counters import Counters
-from fastapi_channels.layers.envelope import Envelope, Message
+from fastapi_channels.layers.envelope import CLOSE, Envelope, Message
 from fastapi_channels.layers.inbox import Inbox
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.layers.sink import Sink
@@ -123,6 +124,7 @@ class ChannelLayer(ABC):
         self._groups: dict[str, dict[str, Sink]] = {}
         self._subscribed: set[str] = set()
         self._turns: dict[str, _Turn] = {}
+        self._watching: asyncio.Task[None] | None = None
         self._is_ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crew: Crew | None = None
@@ -167,6 +169,9 @@ class ChannelLayer(ABC):
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
         self._is_ready = False
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
         for attached in self._attached.values():
             if isinstance(attached.sink, Inbox):
                 attached.sink.end(closed())
@@ -191,6 +196,31 @@ class ChannelLayer(ABC):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def close_consumers_after(self, grace: float) -> None:
+        """Close every consumer with 4010 whenever the layer has not been healthy for `grace` seconds, until it closes.
+
+        Spec:
+            protocol.md, 3 (close codes).
+        """
+        if self._watching is None:
+            self._watching = self.crew.start(self._close_the_cut_off(grace), copy_context())
+
+    async def _close_the_cut_off(self, grace: float) -> None:
+        lost_at = None
+        while True:
+            await asyncio.sleep(min(1.0, grace / 4))
+            now = self._now()
+            if await self.health():
+                lost_at = None
+            elif lost_at is None:
+                lost_at = now
+            elif now - lost_at >= grace:
+                close = {"type": CLOSE, "code": 4010, "reason": "cut off from the other processes"}
+                envelope = self._envelope(close)
+                for attached in list(self._attached.values()):
+                    if not isinstance(attached.sink, Inbox):
+                        attached.sink.deliver(envelope)
 
     @property
     def crew(self) -> Crew:

@@ -19,6 +19,9 @@ Message = Mapping[str, Any] | BaseModel
 #: The built-in event that writes a frame; its `bytes` travel as base64, since JSON has none.
 SEND = "websocket.send"
 
+#: The built-in event that closes the connection.
+CLOSE = "websocket.close"
+
 
 def encode(content: Any) -> bytes:
     """The JSON of `content`, as pydantic writes it; NaN and the infinities are null, since browsers know no NaN.

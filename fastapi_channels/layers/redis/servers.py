@@ -262,13 +262,24 @@ def servers_of(source: str | Redis | RedisCluster, timeout: float) -> Servers:
         raise ValueError(f"a Redis URL or a client of redis.asyncio, not a {type(source).__name__}")
     try:
         return _from_url(source, timeout)
-    except (RedisError, TypeError, ValueError) as error:
+    except _WrongURL as error:
         raise ValueError(f"{shown_url(source)}: {error}") from None
+    except TypeError as error:  # redis-py's, with the name of an option
+        raise ValueError(f"{shown_url(source)}: redis-py doesn't take it: {error}") from None
+    except (RedisError, ValueError):  # urllib's, which repeats parts of what it was given
+        raise ValueError(f"{shown_url(source)}: not a URL; signs in a password are percent-encoded") from None
+
+
+class _WrongURL(ValueError):
+    """What is wrong with a URL, in words that hold nothing of it."""
 
 
 def shown_url(url: str) -> str:
     """A URL for people to read: without a password, and without what is behind a question mark, which may hold one."""
-    return re.sub(r"(//[^/@]*?)(:[^/]*)?@", r"\1:***@", url.partition("?")[0])
+    scheme, _, rest = url.partition("://")
+    credentials, at, place = rest.rpartition("@")  # the last one, whatever signs are in the password
+    user = credentials.partition(":")[0] if re.fullmatch(r"\w*:.*", credentials, re.DOTALL) else ""
+    return f"{scheme}://{user}{':***@' if at else ''}{place.partition('?')[0]}"
 
 
 def _shown_client(kwargs: dict[str, Any]) -> str:
@@ -280,11 +291,15 @@ def _from_url(url: str, timeout: float) -> Servers:
     scheme, _, rest = url.partition("://")
     tls, _, kind = scheme.partition("+")
     if tls not in ("redis", "rediss", "unix") or kind not in ("", "sentinel", "cluster") or (tls == "unix" and kind):
-        raise ValueError("not a Redis URL")
+        raise _WrongURL("not a Redis URL")
+    if "#" in rest or "@" in rest.partition("?")[2]:
+        raise _WrongURL("what is not a sign of the URL itself, such as @, / or # in a password, is percent-encoded")
     shown = shown_url(url)
     if not kind:
         if tls != "unix":
-            _database(_pieces(rest)[1])
+            authority, path, _ = _pieces(rest)
+            _address(authority.rpartition("@")[2] or "localhost", 6379)
+            _database(path)
         server = OneServer(ConnectionPool.from_url(url), shown)
         server.connection(shown, timeout)  # raises for an option that there isn't
         return server
@@ -300,7 +315,7 @@ def _from_url(url: str, timeout: float) -> Servers:
         servers.connection("localhost:1", timeout)
         return servers
     if path not in ("", "0"):
-        raise ValueError("a Cluster has one database, 0")
+        raise _WrongURL("a Cluster has one database, 0")
     nodes = [ClusterNode(host, port) for host, port in addresses]
     client = {
         "protocol": 2,
@@ -317,7 +332,7 @@ def _sentinels(
 ) -> Sentinels:
     service, _, db = path.partition("/")
     if not service:
-        raise ValueError("the name of the service is missing: redis+sentinel://host:port/service/db")
+        raise _WrongURL("the name of the service is missing: redis+sentinel://host:port/service/db")
     sentinel_options = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in ("sentinel_username", "sentinel_password")
@@ -333,7 +348,7 @@ def _sentinels(
 
 def _database(path: str) -> int:
     if path and not path.isdecimal():
-        raise ValueError("the database is a number")
+        raise _WrongURL("the database is a number")
     return int(path or 0)
 
 
@@ -347,7 +362,7 @@ def _pieces(rest: str) -> tuple[str, str, str]:
 def _address(text: str, default_port: int) -> tuple[str, int]:
     parsed = urlsplit(f"//{text}")
     if not parsed.hostname:
-        raise ValueError("a host is missing")
+        raise _WrongURL("a host is missing")
     return parsed.hostname, parsed.port or default_port
 
 
