@@ -406,6 +406,8 @@ class SubscriberLink(Link):
         revoked: Callable[[bytes], None],
     ) -> None:
         super().__init__(name, connect, crew, timeout, changed)
+        #: Whether what this process wants to hear from it is being asked for.
+        self.is_restoring = False
         self._deliver = deliver
         self._revoked = revoked
 

@@ -239,48 +239,57 @@ class Links:
         reply = link.ask(self._servers.subscribe, subscription.address)
 
         def answered(reply: asyncio.Future[Any]) -> None:
-            if self._subscriptions.get(subscription.address.encode()) is not subscription:
-                return
-            error = None if reply.cancelled() else reply.exception()
-            if subscription.link is not link or isinstance(error, LayerUnavailable):
-                return  # it is asked for again
-            if isinstance(error, AskError):
-                self._map_anew()
-            elif error is not None:
-                subscription.is_refused = True
-                self._unheard.discard(subscription)
-                if not subscription.first.done():
-                    subscription.first.set_exception(LayerUnavailable(f"{link.name}: {error}"))
-                else:
-                    logger.error("%s does not let this process hear a group any more: %s", link.name, error)
-            else:
-                subscription.is_confirmed = True
-                if not subscription.first.done():
-                    subscription.first.set_result(None)
-                subscription.confirmed()
-                if subscription in self._unheard:
-                    self._unheard.discard(subscription)
-                    if not self._unheard:
-                        self._tell()
+            if self._subscriptions.get(subscription.address.encode()) is subscription and subscription.link is link:
+                self._answered(subscription, link, None if reply.cancelled() else reply.exception())
 
         reply.add_done_callback(answered)
         return reply
 
+    def _answered(self, subscription: Subscription, link: SubscriberLink, error: BaseException | None) -> None:
+        if isinstance(error, LayerUnavailable):
+            if link.is_up and not link.is_restoring:  # it took too long, and may be confirmed all the same
+                self._start(self._restore(link))
+        elif isinstance(error, AskError):
+            self._map_anew()
+        elif error is not None:
+            subscription.is_refused = True
+            self._unheard.discard(subscription)
+            if not subscription.first.done():
+                subscription.first.set_exception(LayerUnavailable(f"{link.name}: {error}"))
+            else:
+                logger.error("%s does not let this process hear a group any more: %s", link.name, error)
+        else:
+            subscription.is_confirmed = True
+            if not subscription.first.done():
+                subscription.first.set_result(None)
+            subscription.confirmed()
+            if subscription in self._unheard:
+                self._unheard.discard(subscription)
+                if not self._unheard:
+                    self._tell()
+
     async def _restore(self, link: SubscriberLink) -> None:
         """Ask anew for everything that this process wants to hear over a link that has come up."""
-        while link.is_up:
-            missing = [
-                subscription
-                for subscription in self._subscriptions.values()
-                if subscription.link is link and not (subscription.is_confirmed or subscription.is_refused)
-            ]
-            if not missing:
-                return
-            for start in range(0, len(missing), BATCH):
-                batch = [subscription for subscription in missing[start : start + BATCH] if subscription.link is link]
-                if batch:
-                    await asyncio.wait([self._ask_for(subscription) for subscription in batch])
-            await asyncio.sleep(0)  # the callbacks of the last ones
+        if link.is_restoring:
+            return
+        link.is_restoring = True
+        try:
+            while link.is_up and (missing := self._missing(link)):
+                for start in range(0, len(missing), BATCH):
+                    batch = [it for it in missing[start : start + BATCH] if it.link is link]
+                    if batch:
+                        await asyncio.wait([self._ask_for(subscription) for subscription in batch])
+                if self._missing(link):
+                    await asyncio.sleep(FIRST_PAUSE)
+        finally:
+            link.is_restoring = False
+
+    def _missing(self, link: SubscriberLink) -> list[Subscription]:
+        return [
+            subscription
+            for subscription in self._subscriptions.values()
+            if subscription.link is link and not (subscription.is_confirmed or subscription.is_refused)
+        ]
 
     def _heard(self, address: bytes, data: bytes) -> None:
         subscription = self._subscriptions.get(address)
