@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+from pydantic_core import from_json
 
 from fastapi_channels.exceptions import ChannelsError, InvalidGroupName, InvalidMessage, SettingsError
 from fastapi_channels.layers.publisher import Publisher
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _send(given: argparse.Namespace) -> None:
-    text = sys.stdin.read() if given.message == "-" else given.message
+    text = sys.stdin.buffer.read() if given.message == "-" else given.message
     try:
-        message: Any = json.loads(text)
+        message = from_json(text)
     except ValueError as error:
         raise InvalidMessage(f"the message is not JSON: {error}") from error
     if given.settings is not None:

@@ -181,7 +181,7 @@ def _from_module(module: str | ModuleType) -> dict[str, Any]:
     if isinstance(module, str):
         try:
             module = importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # a name such as ".settings" or "" is the last two
             raise SettingsError(f"settings module {module!r} can't be imported: {error}") from error
     values = {}
     for name, value in vars(module).items():

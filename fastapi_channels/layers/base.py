@@ -128,7 +128,8 @@ class ChannelLayer(ABC):
         self._is_ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crew: Crew | None = None
-        self._opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+        self._opening: asyncio.Future[None] | None = None
+        self._changing: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     # Opening and closing
 
@@ -150,24 +151,41 @@ class ChannelLayer(ABC):
             SettingsError: Its broker does not take the credentials.
         """
         loop = asyncio.get_running_loop()
-        if self._opening is None or self._opening[0] is not loop:
-            self._opening = loop, asyncio.Lock()
-        async with self._opening[1]:
-            if self.is_open:
-                return
-            self._loop = loop
-            self._crew = Crew(loop)
-            # Not earlier: a server may load the application first and fork its workers then.
-            self._node = secrets.token_hex(6)
+        while not self.is_open:
+            if self._opening is not None and self._opening.get_loop() is loop:
+                await asyncio.shield(self._opening)
+                continue
+            opening = self._opening = loop.create_future()
             try:
-                await self._connect()
-            except BaseException:
-                await self.close()
+                async with self._lock_of(loop):
+                    await self._open(loop)
+            except Exception as error:
+                opening.set_exception(error)  # for who waits for the same
+                opening.exception()
                 raise
-            self._is_ready = True
+            finally:
+                self._opening = None
+                if not opening.done():
+                    opening.set_result(None)
+
+    async def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._crew = Crew(loop)
+        # Not earlier: a server may load the application first and fork its workers then.
+        self._node = secrets.token_hex(6)
+        try:
+            await self._connect()
+        except BaseException:
+            await self._let_go()
+            raise
+        self._is_ready = True
 
     async def close(self) -> None:
         """Let go of everything; afterwards it takes no message until it is opened again."""
+        async with self._lock_of(asyncio.get_running_loop()):
+            await self._let_go()
+
+    async def _let_go(self) -> None:
         self._is_ready = False
         if self._watching is not None:
             self._watching.cancel()
@@ -183,6 +201,12 @@ class ChannelLayer(ABC):
             await self._disconnect()
         finally:
             self._loop = None
+
+    def _lock_of(self, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+        """Held while it opens or closes."""
+        if self._changing is None or self._changing[0] is not loop:
+            self._changing = loop, asyncio.Lock()
+        return self._changing[1]
 
     async def health(self) -> Health:
         """Whether it can do its work; answers at once, from what it knows."""

@@ -14,9 +14,10 @@ from weakref import WeakSet
 from fastapi_channels._tasks import run_blocking
 from fastapi_channels.exceptions import SettingsError
 from fastapi_channels.layers.base import ChannelLayer, Receipt
-from fastapi_channels.layers.envelope import Message
+from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import LayerSpec, make_layer
 from fastapi_channels.layers.memory import MemoryLayer
+from fastapi_channels.layers.names import checked_name
 from fastapi_channels.settings import ChannelsSettings
 
 __all__ = ["AsyncPublisher", "Publisher"]
@@ -44,7 +45,13 @@ class AsyncPublisher:
     def __init__(
         self, url: LayerSpec | None = None, *, settings: str | ModuleType | None = None, alias: str = "default"
     ) -> None:
-        self._layer = _layer(url, settings, alias)
+        self._layer = _making_layers(url, settings, alias)()
+
+    @classmethod
+    def _of(cls, layer: ChannelLayer) -> Self:
+        publisher = cls.__new__(cls)
+        publisher._layer = layer
+        return publisher
 
     async def __aenter__(self) -> Self:
         await self._layer.open()
@@ -57,14 +64,18 @@ class AsyncPublisher:
 
     async def send(self, channel: str, message: Message) -> None:
         """See `ChannelLayer.send`."""
-        await self._layer.open()
+        if not self._layer.is_open:
+            _check(channel, message)
+            await self._layer.open()
         await self._layer.send(channel, message)
 
     async def group_send(
         self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
     ) -> Receipt:
         """See `ChannelLayer.group_send`."""
-        await self._layer.open()
+        if not self._layer.is_open:
+            _check(group, message)
+            await self._layer.open()
         return await self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
 
     async def close(self) -> None:
@@ -90,10 +101,10 @@ class Publisher:
     def __init__(
         self, url: LayerSpec | None = None, *, settings: str | ModuleType | None = None, alias: str = "default"
     ) -> None:
-        self._make: Callable[[], AsyncPublisher] = lambda: AsyncPublisher(url, settings=settings, alias=alias)
-        self._make()  # raises for wrong settings here, and not in another thread
+        self._make = _making_layers(url, settings, alias)
+        self._make()  # what is wrong with it is said here
         self._worker: _Worker | None = None
-        self._starting = threading.Lock()
+        self._changing = threading.Lock()
         _publishers.add(self)
 
     def __enter__(self) -> Self:
@@ -118,23 +129,27 @@ class Publisher:
         )
 
     def close(self) -> None:
-        """Disconnect and end the thread; a later send begins anew."""
-        with self._starting:
+        """Disconnect and end the thread, once the sends of other threads are through; a later send begins anew."""
+        with self._changing:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
 
     def _run(self, call: Callable[[AsyncPublisher], Coroutine[Any, Any, Result]]) -> Result:
-        with self._starting:
+        with self._changing:
             if self._worker is None:
                 self._worker = _Worker(self._make)
             worker = self._worker
-        return run_blocking(worker.loop, call(worker.publisher))
+            worker.begin_call()
+        try:
+            return run_blocking(worker.loop, call(worker.publisher))
+        finally:
+            worker.end_call()
 
     def _forget(self) -> None:
         """Leave the thread and the connections, which are the parent's, alone."""
         self._worker = None
-        self._starting = threading.Lock()
+        self._changing = threading.Lock()
 
 
 #: Those of this process, which a fork of it has to start anew.
@@ -153,32 +168,44 @@ if hasattr(os, "register_at_fork"):
 class _Worker:
     """A thread with an event loop, and the publisher that lives there."""
 
-    def __init__(self, make: Callable[[], AsyncPublisher]) -> None:
-        started: Future[tuple[asyncio.AbstractEventLoop, AsyncPublisher]] = Future()
+    def __init__(self, make: Callable[[], ChannelLayer]) -> None:
+        self.publisher = AsyncPublisher._of(make())
+        self._calls = 0
+        self._change = threading.Condition()
+        started: Future[asyncio.AbstractEventLoop] = Future()
         # A daemon: a process that forgets to close its publisher ends all the same.
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._work(make, started)), name="fastapi-channels-publisher", daemon=True
+            target=lambda: asyncio.run(self._work(started)), name="fastapi-channels-publisher", daemon=True
         )
         self._thread.start()
-        self.loop, self.publisher = started.result()
+        self.loop = started.result()
 
-    async def _work(
-        self, make: Callable[[], AsyncPublisher], started: Future[tuple[asyncio.AbstractEventLoop, AsyncPublisher]]
-    ) -> None:
+    async def _work(self, started: Future[asyncio.AbstractEventLoop]) -> None:
         self._ended = asyncio.Event()
-        publisher = make()
-        started.set_result((asyncio.get_running_loop(), publisher))
+        started.set_result(asyncio.get_running_loop())
         try:
             await self._ended.wait()
         finally:
-            await publisher.close()
+            await self.publisher.close()
+
+    def begin_call(self) -> None:
+        with self._change:
+            self._calls += 1
+
+    def end_call(self) -> None:
+        with self._change:
+            self._calls -= 1
+            self._change.notify_all()
 
     def end(self) -> None:
+        with self._change:
+            self._change.wait_for(lambda: not self._calls)
         self.loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
 
 
-def _layer(url: LayerSpec | None, settings: str | ModuleType | None, alias: str) -> ChannelLayer:
+def _making_layers(url: LayerSpec | None, settings: str | ModuleType | None, alias: str) -> Callable[[], ChannelLayer]:
+    """What makes the layer of a publisher; the settings are read once, here."""
     if url is not None and settings is not None:
         raise TypeError("a Publisher takes a URL or settings, not both")
     loaded = ChannelsSettings.load(settings)
@@ -189,8 +216,19 @@ def _layer(url: LayerSpec | None, settings: str | ModuleType | None, alias: str)
         url = loaded.channel_layers[alias]
     if isinstance(url, ChannelLayer):
         raise SettingsError("a Publisher makes a layer of its own; name it by a URL, or by BACKEND and CONFIG")
-    layer = make_layer(url, capacity=loaded.capacity, expiry=loaded.expiry)
-    if isinstance(layer, MemoryLayer):
-        raise SettingsError("memory:// reaches no other process; a Publisher needs a broker, such as redis://")
-    layer.listens = False
-    return layer
+    spec = url
+
+    def make() -> ChannelLayer:
+        layer = make_layer(spec, capacity=loaded.capacity, expiry=loaded.expiry)
+        if isinstance(layer, MemoryLayer):
+            raise SettingsError("memory:// reaches no other process; a Publisher needs a broker, such as redis://")
+        layer.listens = False
+        return layer
+
+    return make
+
+
+def _check(name: str, message: Message) -> None:
+    """Raise for what can't be sent before a connection is made for it."""
+    checked_name(name)
+    Envelope.of(message, 0.0)

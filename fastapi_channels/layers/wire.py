@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import ImportString, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ImportString, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from fastapi_channels.layers.envelope import Envelope, encode
@@ -58,6 +58,14 @@ class Letter:
 
     envelope: Envelope
     exclude: Collection[str] = ()
+    channel: str | None = None
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    expiry: FiniteFloat
+    exclude: frozenset[str] = frozenset()
     channel: str | None = None
 
 
@@ -142,14 +150,14 @@ class Wire:
             raise Unreadable("it is not encrypted")
         header, _, payload = content.partition(b"\n")
         try:
-            about = from_json(header)
+            about = _Header.model_validate_json(header)
             if self._serializer is not None:
                 message = self._serializer.loads(payload)
                 payload = encode(message)
             else:
                 message = from_json(payload, allow_inf_nan=False)
-            envelope = Envelope.received(message, payload, now + float(about["expiry"]))
-            return Letter(envelope, about.get("exclude", ()), about.get("channel"))
+            envelope = Envelope.received(message, payload, now + about.expiry)
+            return Letter(envelope, about.exclude, about.channel)
         except Exception as error:  # a serializer raises what it likes
             raise Unreadable(f"its content can't be read ({type(error).__name__})") from error
 

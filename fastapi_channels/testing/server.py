@@ -25,8 +25,9 @@ START_TIMEOUT = 10.0
 #: How many seconds a server has to end by itself before it is killed.
 STOP_TIMEOUT = 2.0
 
-#: How many seconds a server has to answer.
+#: How many seconds a server has to answer; when it starts, it is asked again and again.
 ANSWER_TIMEOUT = 5.0
+FIRST_ANSWER_TIMEOUT = 0.5
 
 #: What a watched process is started under. Its arguments: a directory, the signal for an orphan, the command.
 #: Descriptor 3 ends with the process that holds the other end of the pipe, even if that is killed. Then the inner shell
@@ -365,12 +366,12 @@ class RedisServer:
     def _answers(self, pid: int) -> bool:
         # Its own pid: another server that took the port a moment ago would answer as well.
         with suppress(OSError):
-            return f"process_id:{pid}\r\n".encode() in self._ask("INFO", "server")
+            return f"process_id:{pid}\r\n".encode() in self._ask("INFO", "server", timeout=FIRST_ANSWER_TIMEOUT)
         return False
 
-    def _ask(self, *command: str) -> bytes:
+    def _ask(self, *command: str, timeout: float = ANSWER_TIMEOUT) -> bytes:
         commands = [("AUTH", self._password), command] if self._password else [command]
-        with self._connect() as connection, connection.makefile("rb") as answers:
+        with self._connect(timeout) as connection, connection.makefile("rb") as answers:
             for parts in commands:
                 connection.sendall(
                     b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in map(str.encode, parts))
@@ -382,8 +383,8 @@ class RedisServer:
                     answer = answers.read(int(answer[1:]) + 2)
             return answer
 
-    def _connect(self) -> socket.socket:
-        connection = socket.create_connection((self.host, self.port), ANSWER_TIMEOUT)
+    def _connect(self, timeout: float) -> socket.socket:
+        connection = socket.create_connection((self.host, self.port), timeout)
         if self._tls is None:
             return connection
         import ssl
