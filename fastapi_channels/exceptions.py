@@ -15,7 +15,8 @@ ChannelsError
     ├── ChannelFull                    a channel's inbox is at its capacity
     ├── LayerUnavailable               the broker can't be reached, or the layer is closed
     ├── InvalidGroupName (ValueError)  not a name for a group or a channel
-    └── InvalidMessage (ValueError)    not a message: no `type`, or it can't be encoded
+    ├── InvalidMessage (ValueError)    not a message: no `type`, or it can't be encoded
+    └── UnreadableMessage              what came from the broker is not ours; it is skipped
 ```
 """
 
@@ -39,6 +40,7 @@ __all__ = [
     "LayerUnavailable",
     "SettingsError",
     "UnknownAction",
+    "UnreadableMessage",
 ]
 
 
@@ -154,3 +156,7 @@ class InvalidGroupName(LayerError, ValueError):
 
 class InvalidMessage(LayerError, ValueError):
     """Not a message: it has no `type`, or JSON can't hold it. Raised at the sender, nothing was sent."""
+
+
+class UnreadableMessage(LayerError):
+    """What has come from the broker is no message of ours, or not for our keys; layers log, count and skip it."""

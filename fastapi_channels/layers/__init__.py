@@ -10,6 +10,7 @@ from fastapi_channels.exceptions import (
     InvalidMessage,
     LayerError,
     LayerUnavailable,
+    UnreadableMessage,
 )
 from fastapi_channels.layers.base import ChannelLayer, Health, Receipt, SyncChannelLayer
 from fastapi_channels.layers.counters import Counters
@@ -44,6 +45,7 @@ __all__ = [
     "Serializer",
     "Sink",
     "SyncChannelLayer",
+    "UnreadableMessage",
     "make_layer",
     "safe_name",
 ]

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ImportString, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
+from fastapi_channels.exceptions import UnreadableMessage
 from fastapi_channels.layers.envelope import Envelope, encode
 
-__all__ = ["Letter", "Serializer", "Unreadable", "Wire"]
+__all__ = ["Letter", "Serializer", "Wire"]
 
 VERSION = b"1"
 PLAIN = b"m"
@@ -40,10 +41,6 @@ class Serializer(Protocol):
     def loads(self, data: bytes, /) -> dict[str, Any]:
         """The message that these bytes hold."""
         ...
-
-
-class Unreadable(Exception):
-    """Not a message of ours, or not for our keys; the text says why and holds nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +132,19 @@ class Wire:
             now: The event loop's time, from which its expiry counts.
 
         Raises:
-            Unreadable: It isn't one; whatever it is, nothing else is raised.
+            UnreadableMessage: It isn't one; whatever it is, nothing else is raised.
         """
         if data[:1] != VERSION:
-            raise Unreadable("it is not an envelope of this version")
+            raise UnreadableMessage("it is not an envelope of this version")
         kind, content = data[1:2], data[2:]
         if kind == ENCRYPTED:
             sent_to, _, content = self._decrypt(content).partition(b"\n")
             if sent_to != address.encode():
-                raise Unreadable("it was encrypted for another place")
+                raise UnreadableMessage("it was encrypted for another place")
         elif kind != PLAIN:
-            raise Unreadable("it is of an unknown kind")
+            raise UnreadableMessage("it is of an unknown kind")
         elif self._encrypt is not None:
-            raise Unreadable("it is not encrypted")
+            raise UnreadableMessage("it is not encrypted")
         header, _, payload = content.partition(b"\n")
         try:
             about = _Header.model_validate_json(header)
@@ -159,11 +156,11 @@ class Wire:
             envelope = Envelope.received(message, payload, now + about.expiry)
             return Letter(envelope, about.exclude, about.channel)
         except Exception as error:  # a serializer raises what it likes
-            raise Unreadable(f"its content can't be read ({type(error).__name__})") from error
+            raise UnreadableMessage(f"its content can't be read ({type(error).__name__})") from error
 
 
 def _no_keys(token: bytes) -> bytes:
-    raise Unreadable("it is encrypted, and there are no encryption_keys")
+    raise UnreadableMessage("it is encrypted, and there are no encryption_keys")
 
 
 def _fernet(keys: Sequence[str | bytes]) -> tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]:
@@ -186,6 +183,6 @@ def _fernet(keys: Sequence[str | bytes]) -> tuple[Callable[[bytes], bytes], Call
         try:
             return multi.decrypt(token)
         except InvalidToken as error:
-            raise Unreadable("none of the encryption_keys decrypts it") from error
+            raise UnreadableMessage("none of the encryption_keys decrypts it") from error
 
     return multi.encrypt, decrypt

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from redis.exceptions import RedisError
 from typing_extensions import override
 
-from fastapi_channels.exceptions import ChannelFull, InvalidMessage, LayerUnavailable
+from fastapi_channels.exceptions import ChannelFull, InvalidMessage, LayerUnavailable, UnreadableMessage
 from fastapi_channels.layers.base import REMEMBERED, SWEEP, ChannelLayer, Health, Receipt, closed
 from fastapi_channels.layers.envelope import Envelope
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.layers.redis.links import Links
 from fastapi_channels.layers.redis.queue import FETCH, PUT, PUT_BACK, QueueReader
 from fastapi_channels.layers.redis.servers import servers_of
-from fastapi_channels.layers.wire import Letter, Serializer, Unreadable, Wire
+from fastapi_channels.layers.wire import Letter, Serializer, Wire
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
@@ -280,7 +280,7 @@ class RedisLayer(ChannelLayer):
     def _unpacked(self, data: bytes, address: str) -> Letter | None:
         try:
             return self._wire.unpack(data, address, self.crew.loop.time())
-        except Unreadable as error:
+        except UnreadableMessage as error:
             self.counters.unreadable += 1
             self._complain(f"a message in {address} was skipped: {error}")
             return None
