@@ -106,7 +106,7 @@ class RedisLayer(ChannelLayer):
         links = self._links = Links(self._servers, self.crew, self.timeout, self.counters, listens=self.listens)
         await links.open()
         if self.listens:
-            links.subscribe(self._node_address(self._node), self._heard_channel)
+            links.subscribe(self._node_address(self._node), self._heard_channel, is_due=True)
         try:
             await links.connected()
         except LayerUnavailable as error:

@@ -192,10 +192,24 @@ class Links:
     # Subscriptions
 
     def subscribe(
-        self, address: str, deliver: Callable[[bytes], None], confirmed: Callable[[], None] = lambda: None
+        self,
+        address: str,
+        deliver: Callable[[bytes], None],
+        confirmed: Callable[[], None] = lambda: None,
+        *,
+        is_due: bool = False,
     ) -> Subscription:
-        """Hear what is published on a channel from its confirmation on, again after each loss of the connection."""
+        """Hear what is published on a channel from its confirmation on, again after each loss of the connection.
+
+        Args:
+            address: The channel.
+            deliver: Called with what is published there.
+            confirmed: Called at each confirmation.
+            is_due: Whether all is not well until it is confirmed.
+        """
         subscription = Subscription(address, deliver, confirmed, self._loop.create_future())
+        if is_due:
+            self._unheard.add(subscription)
         self._subscriptions[address.encode()] = subscription
         self._place(subscription)
         return subscription
