@@ -93,6 +93,7 @@ class QueueReader:
         self._put_back = put_back
         self._waiting: deque[asyncio.Future[bytes]] = deque()
         self._fetching: asyncio.Future[bytes | None] | None = None
+        self._returning: set[asyncio.Future[Any]] = set()
         self._has_news = False
         self._retry: asyncio.TimerHandle | None = None
 
@@ -110,7 +111,7 @@ class QueueReader:
             return await waiting
         except asyncio.CancelledError:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                _ = self._put_back(waiting.result())
+                self._give_back(waiting.result())
                 self.go_on()
             raise
 
@@ -142,7 +143,12 @@ class QueueReader:
             if not waiting.done():
                 waiting.set_result(element)
                 return
-        _ = self._put_back(element)
+        self._give_back(element)
+
+    def _give_back(self, element: bytes) -> None:
+        returning = self._put_back(element)
+        self._returning.add(returning)
+        returning.add_done_callback(self._returning.discard)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -157,7 +163,6 @@ class QueueReader:
             if not waiting.done():
                 waiting.set_exception(error)
         if self._fetching is not None:
-            fetching = self._fetching
-            await asyncio.wait({fetching})
-            if not fetching.cancelled() and (element := fetching.result()) is not None:
-                await asyncio.wait({self._put_back(element)})
+            await asyncio.wait({self._fetching})  # its element finds nobody here, and is put back
+        if self._returning:
+            await asyncio.wait(self._returning)
