@@ -191,8 +191,9 @@ class RedisLayer(ChannelLayer):
             self.counters.unreachable += 1
 
     def _heard_channel(self, data: bytes) -> None:
-        letter = self._unpacked(data, self._node_address(self._node))
-        if letter is not None and letter.channel is not None:
+        letter = self._unpacked(data, self._node_address(self._node), is_for_channel=True)
+        if letter is not None:
+            assert letter.channel is not None
             self._deliver_here(letter.channel, letter.envelope)
 
     # Named queues
@@ -277,13 +278,16 @@ class RedisLayer(ChannelLayer):
         except Exception as error:  # a serializer raises what it likes
             raise InvalidMessage(f"the serializer can't write the message {envelope.type!r}: {error}") from error
 
-    def _unpacked(self, data: bytes, address: str) -> Letter | None:
+    def _unpacked(self, data: bytes, address: str, *, is_for_channel: bool = False) -> Letter | None:
         try:
-            return self._wire.unpack(data, address, self.crew.loop.time())
+            letter = self._wire.unpack(data, address, self.crew.loop.time())
+            if is_for_channel is (letter.channel is None):
+                raise UnreadableMessage("it says no channel" if is_for_channel else "it says a channel")
         except UnreadableMessage as error:
             self.counters.unreadable += 1
             self._complain(f"a message in {address} was skipped: {error}")
             return None
+        return letter
 
     def _complain(self, text: str) -> None:
         """Log a warning, unless one was logged a short while ago: strangers could fill the log."""
