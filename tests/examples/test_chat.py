@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from urllib.parse import quote
@@ -10,9 +11,7 @@ import httpx
 import pytest
 from httpx import ASGITransport
 
-from examples.chat.consumers import people
 from examples.chat.main import app
-from examples.chat.people import People
 from fastapi_channels.testing import WebSocketSession, connect
 
 AWKWARD = ["lobby", "Größe 中文 🎉", "a\nb", "{}", "a.b?c#d%2F", "x" * 40]
@@ -37,40 +36,61 @@ async def receive(session: WebSocketSession, *types: str) -> list[dict[str, Any]
     return frames
 
 
+async def hear_oneself(session: WebSocketSession, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Say something; returns the message and the reply, which come in either order."""
+    await say(session, text)
+    frames = [await session.receive_json(), await session.receive_json()]
+    message, reply = sorted(frames, key=lambda frame: str(frame["type"]))
+    assert (message["type"], reply["type"], reply["status"]) == ("chat.message", "response", "ok")
+    return message, reply
+
+
+async def meet(ada: WebSocketSession, bob: WebSocketSession) -> None:
+    """Both have joined, Ada first, and know of each other."""
+    await receive(ada, "chat.welcome", "chat.joined")
+    await receive(bob, "chat.welcome", "chat.here")
+
+
 async def test_welcome() -> None:
-    """Who comes is told the people of the room before anything else."""
-    async with join("Ada") as ada:
-        assert await ada.receive_json() == {"type": "chat.welcome", "room": "lobby", "name": "Ada", "people": ["Ada"]}
-        async with join("Bob") as bob:
-            [welcome] = await receive(bob, "chat.welcome")
-            assert welcome["people"] == ["Ada", "Bob"]
+    """Who comes is told what he is called, and which process serves him, before anything else."""
+    async with join(" Ada ") as ada:
+        [welcome] = await receive(ada, "chat.welcome")
+        assert welcome.pop("id")
+        assert welcome == {"type": "chat.welcome", "room": "lobby", "name": "Ada", "process": os.getpid()}
 
 
 async def test_coming_and_going() -> None:
-    """The others of the room are told who comes and who goes, with the people who are there then."""
+    """The others of the room are told who comes and who goes, and the newcomer is told of each of them."""
     async with join("Ada") as ada:
-        await receive(ada, "chat.welcome")
-        async with join("Bob"):
-            assert await ada.receive_json() == {"type": "chat.joined", "name": "Bob", "people": ["Ada", "Bob"]}
-        assert await ada.receive_json() == {"type": "chat.left", "name": "Bob", "people": ["Ada"]}
+        [me] = await receive(ada, "chat.welcome")
+        async with join("Bob") as bob:
+            [welcome] = await receive(bob, "chat.welcome")
+            assert await ada.receive_json() == {"type": "chat.joined", "name": "Bob", "id": welcome["id"]}
+            assert await bob.receive_json() == {"type": "chat.here", "name": "Ada", "id": me["id"]}
+        assert await ada.receive_json() == {"type": "chat.left", "name": "Bob", "id": welcome["id"]}
+        await hear_oneself(ada, "alone")  # and nothing of her own coming
 
 
 async def test_vanishing() -> None:
     """Somebody whose network is lost has left like anybody else."""
     async with join("Ada") as ada, join("Bob") as bob:
-        await receive(ada, "chat.welcome", "chat.joined")
+        await meet(ada, bob)
         await bob.vanish()
         await receive(ada, "chat.left")
-    assert people.of("chat.lobby") == []
 
 
 async def test_second_window() -> None:
-    """A second window of the same person is nobody new, and closing it is nobody's leaving."""
+    """Each window of a person comes and goes with an id of its own."""
     async with join("Ada") as ada, join("Bob") as bob:
-        await receive(ada, "chat.welcome", "chat.joined")
+        await receive(ada, "chat.welcome")
+        [first] = await receive(ada, "chat.joined")
         async with join("Bob") as window:
-            [welcome] = await receive(window, "chat.welcome")
-            assert welcome["people"] == ["Ada", "Bob"]
+            [second] = await receive(ada, "chat.joined")
+            assert (first["name"], second["name"]) == ("Bob", "Bob")
+            here = await receive(window, "chat.welcome", "chat.here", "chat.here")
+            assert {frame["id"] for frame in here} >= {first["id"], second["id"]}
+        [left] = await receive(ada, "chat.left")
+        assert left["id"] == second["id"] != first["id"]
         await say(bob, "still here")
         await receive(ada, "chat.message")
 
@@ -78,12 +98,10 @@ async def test_second_window() -> None:
 async def test_saying() -> None:
     """What is said reaches everybody in the room, with its author and one time for all, which the reply has too."""
     async with join("Ada") as ada, join("Bob") as bob:
-        await receive(ada, "chat.welcome", "chat.joined")
-        await receive(bob, "chat.welcome")
-        await say(ada, " Hello,\n<b>world</b> ")
-        message, reply = await receive(ada, "chat.message", "response")
+        await meet(ada, bob)
+        message, reply = await hear_oneself(ada, " Hello,\n<b>world</b> ")
         assert (message["author"], message["text"]) == ("Ada", "Hello,\n<b>world</b>")
-        assert (reply["status"], reply["data"]) == ("ok", {"at": message["at"]})
+        assert reply["data"] == {"at": message["at"]}
         assert await receive(bob, "chat.message") == [message]
 
 
@@ -95,8 +113,7 @@ async def test_unsayable(text: Any) -> None:
         await say(ada, text)
         [reply] = await receive(ada, "response")
         assert (reply["status"], reply["errors"]["code"]) == ("bad", "invalid_data")
-        await say(ada, "x" * 2000)
-        await receive(ada, "chat.message", "response")
+        await hear_oneself(ada, "x" * 2000)
 
 
 @pytest.mark.parametrize("name", ["", " ", "x" * 41])
@@ -107,9 +124,7 @@ async def test_unfit_name(name: str) -> None:
         async with join(name) as refused:
             code, _ = await refused.closed()
             assert (refused.accepted, code) == (True, 4500)
-        await say(ada, "alone")
-        await receive(ada, "chat.message")
-        assert people.of("chat.lobby") == ["Ada"]
+        await hear_oneself(ada, "alone")
 
 
 async def test_no_name_and_unfit_room() -> None:
@@ -126,24 +141,21 @@ async def test_rooms(room: str) -> None:
     async with join("Ada", room) as ada, join("Bob", "elsewhere") as bob, http() as client:
         await receive(ada, "chat.welcome")
         await receive(bob, "chat.welcome")
-        await say(ada, "here")
-        await receive(ada, "chat.message", "response")
+        await hear_oneself(ada, "here")
         response = await client.post(f"/rooms/{quote(room, safe='')}/announce", json={"text": "here"})
         assert response.status_code == 202
         await receive(ada, "chat.announcement")
-        await say(bob, "there")
-        [message, _] = await receive(bob, "chat.message", "response")
+        message, _ = await hear_oneself(bob, "there")
         assert message["text"] == "there"
 
 
 async def test_announcement() -> None:
     """An announcement over HTTP reaches everybody in the room, with the time that the response has."""
     async with join("Ada") as ada, join("Bob") as bob, http() as client:
+        await meet(ada, bob)
         response = await client.post("/rooms/lobby/announce", json={"text": "closing time"})
         assert response.status_code == 202
         expected = {"type": "chat.announcement", "text": "closing time", "at": response.json()["at"]}
-        await receive(ada, "chat.welcome", "chat.joined")
-        await receive(bob, "chat.welcome")
         assert await ada.receive_json() == await bob.receive_json() == expected
 
 
@@ -173,12 +185,3 @@ async def test_page() -> None:
 def test_url() -> None:
     """The route of the chat is found by its name."""
     assert app.url_path_for("chat", room="lobby") == "/ws/chat/lobby"
-
-
-def test_people() -> None:
-    """Somebody is there from the first connection to the last, and nothing is left of an empty room."""
-    people = People()
-    assert [people.enter("a", "Bob"), people.enter("a", "Bob"), people.enter("a", "Ada")] == [True, False, True]
-    assert (people.of("a"), people.of("b")) == (["Ada", "Bob"], [])
-    assert [people.leave("a", "Bob"), people.leave("a", "Bob"), people.leave("a", "Ada")] == [False, True, True]
-    assert people.of("a") == []

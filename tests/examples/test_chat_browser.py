@@ -62,6 +62,19 @@ class Window:
         await self.page.goto(f"{server.url}/?{urlencode({**query, 'join': '1'})}")
         await self.is_connected()
 
+    async def join_elsewhere(self, server: Server, other: Window, **query: str) -> None:
+        """Join, again and again, until that is on another process of the server."""
+        for _ in range(100):
+            await self.join(server, **query)
+            if await self.process() != await other.process():
+                return
+        pytest.fail("all windows go to one process")
+
+    async def process(self) -> int:
+        """The server process that the page says it is connected to."""
+        text = await self.page.locator("#process").inner_text()
+        return int(text.removeprefix("server process "))
+
     async def is_connected(self, timeout: float = 10_000) -> None:
         await expect(self.state).to_have_text("Connected", timeout=timeout)
 
@@ -143,6 +156,52 @@ async def test_two_windows(start_server: StartServer, ada: Window, bob: Window) 
     await expect(ada.lines("left")).to_have_text("Bob left")
     await ada.sees_people("Ada (you)")
     assert ada.problems == bob.problems == ada.network == bob.network == []
+
+
+async def test_two_processes(demo: Server, ada: Window, bob: Window) -> None:
+    """Windows on two server processes are in one room; if one's process is killed it comes back on another."""
+    await ada.join(demo, name="Ada")
+    await bob.join_elsewhere(demo, ada, name="Bob")
+    await ada.sees_people("Ada (you)", "Bob")
+    await bob.sees_people("Ada", "Bob (you)")
+    await ada.say("Hello Bob")
+    await bob.hears("Ada", "Hello Bob")
+    await bob.page.fill("#announce-text", "Dinner is ready")
+    await bob.page.click("#announce")
+    for window in (ada, bob):
+        await expect(window.lines("announcement").locator(".text")).to_have_text("Dinner is ready")
+
+    killed = await bob.process()
+    os.kill(killed, signal.SIGKILL)
+    await expect(bob.state).to_have_attribute("data-state", "reconnecting")
+    await expect(bob.page.locator("#process")).to_be_empty()
+    await bob.is_connected(RECONNECT_MS)
+    assert await bob.process() != killed
+    await bob.sees_people("Ada", "Bob (you)")
+    await ada.sees_people("Ada (you)", "Bob")
+    await bob.say("I am back")
+    await ada.hears("Bob", "I am back")
+    assert ada.problems == bob.problems == ada.network == []
+
+
+async def test_second_window(start_server: StartServer, browser: Browser, ada: Window, bob: Window) -> None:
+    """Somebody with two windows counts once, comes with the first and leaves with the last."""
+    server = await start_server(CHAT)
+    again = await open_window(browser)
+    await ada.join(server, name="Ada")
+    await bob.join(server, name="Bob")
+    await again.join(server, name="Bob")
+    await again.sees_people("Ada", "Bob (you)")
+    await bob.page.click("#leave")
+    await again.say("still here")
+    await ada.hears("Bob", "still here")
+    await ada.sees_people("Ada (you)", "Bob")
+    await expect(ada.lines("joined")).to_have_text("Bob joined")
+    await expect(ada.lines("left")).to_have_count(0)
+    await again.page.click("#leave")
+    await expect(ada.lines("left")).to_have_text("Bob left")
+    await ada.sees_people("Ada (you)")
+    assert ada.problems == bob.problems == again.problems == []
 
 
 async def test_html_stays_text(start_server: StartServer, ada: Window, bob: Window) -> None:
