@@ -119,6 +119,7 @@ class RedisLayer(ChannelLayer):
         links, self._links = self._links, None
         queues, self._queues = self._queues, {}
         if links is not None:
+            links.give_up()
             await asyncio.gather(*(queue.end(closed()) for queue in queues.values()))
             await links.close()
 
@@ -237,19 +238,27 @@ class RedisLayer(ChannelLayer):
     def _fetch(self, links: Links, name: str) -> asyncio.Future[bytes | None]:
         key = self._queue_key(name)
         element = self.crew.loop.create_future()
+        link = links.link_of(key)
+        clock = 0.0 if link is None else link.clock
+        deadline = int((self.crew.loop.time() + self.timeout + clock) * 1000)
 
         def fetched(reply: asyncio.Future[Any]) -> None:
             error = None if reply.cancelled() else reply.exception()
+            if isinstance(error, RedisError):
+                self._complain(f"the queue {name!r} can't be read: {error}")
             if reply.cancelled() or error is not None:
-                if isinstance(error, RedisError):
-                    self._complain(f"the queue {name!r} can't be read: {error}")
                 element.cancel()
+                return
+            expired, first, now = reply.result()
+            if link is not None:
+                link.set_clock(now / 1000)
+            self.counters.expired += expired
+            if now > deadline:
+                element.cancel()  # so it isn't known whether there is one
             else:
-                expired, first = reply.result()
-                self.counters.expired += expired
                 element.set_result(first)
 
-        links.ask(key, "EVAL", FETCH, 1, key).add_done_callback(fetched)
+        links.ask(key, "EVAL", FETCH, 1, key, deadline).add_done_callback(fetched)
         return element
 
     def _put_back(self, links: Links, name: str, element: bytes) -> asyncio.Future[Any]:

@@ -101,6 +101,8 @@ class Link(ABC):
         self.error: Exception | None = LayerUnavailable("not connected yet")
         #: How long the server took for its last answer to a PING, in seconds.
         self.latency: float | None = None
+        #: What the server's clock is ahead of the event loop's, in seconds.
+        self.clock = 0.0
         #: Nothing is written while this is True.
         self.is_held = False
         self._connect = connect
@@ -130,6 +132,10 @@ class Link(ABC):
     def is_new(self) -> bool:
         """Whether it has never been up, and has had no time for it."""
         return not self._heard and self._loop.time() - self._down_since < self.timeout
+
+    def set_clock(self, now: float) -> None:
+        """Take note of the time on the server, in seconds since the epoch."""
+        self.clock = now - self._loop.time()
 
     def ask(self, *command: str | bytes | int) -> asyncio.Future[Any]:
         """Send a command; the future gets the reply, an error of redis-py, or LayerUnavailable."""
@@ -206,8 +212,9 @@ class Link(ABC):
                     connection = self._connect()
                     await connection.connect()  # type: ignore[no-untyped-call]
                     # A frozen server's kernel connects too.
-                    await connection.send_command("PING", check_health=False)
-                    await connection.read_response()
+                    await connection.send_command("TIME", check_health=False)
+                    seconds, microseconds = await connection.read_response()
+                    self.set_clock(int(seconds) + int(microseconds) / 1e6)
             except Exception as error:  # whatever it is, it is tried again
                 self.error = error
             else:

@@ -122,9 +122,21 @@ class Links:
         except TimeoutError:
             raise LayerUnavailable(f"Redis can't be reached: {self.health().detail}") from None
 
+    def give_up(self) -> None:
+        """Tell everybody who waits for a connection that there will be none."""
+        closed = LayerUnavailable("the channel layer was closed")
+        for link in self._commands.values():
+            for request in () if link.is_up else link.withdraw():
+                request.answer(closed)
+        for subscription in self._subscriptions.values():
+            if not subscription.first.done():
+                subscription.first.set_exception(closed)
+                subscription.first.exception()
+
     async def close(self) -> None:
         """Disconnect from all servers."""
         self._closed = True
+        self.give_up()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -158,6 +170,13 @@ class Links:
         request = Request(key, command, self._loop.create_future(), self._loop.time() + self._timeout)
         self._send(request)
         return request.reply
+
+    def link_of(self, key: str) -> CommandLink | None:
+        """The link to the server that has `key`; None if there is none."""
+        try:
+            return self._commands.get(self._servers.of(key))
+        except LayerUnavailable:
+            return None
 
     @property
     def command_links(self) -> list[CommandLink]:
@@ -224,7 +243,8 @@ class Links:
             async with asyncio.timeout(self._timeout):
                 await asyncio.shield(subscription.first)
         except TimeoutError:
-            raise LayerUnavailable(f"Redis has not confirmed a subscription: {self.health().detail}") from None
+            reason = self.health().detail or f"no answer within {self._timeout:g} s"
+            raise LayerUnavailable(f"Redis has not confirmed a subscription: {reason}") from None
 
     def unsubscribe(self, address: str) -> None:
         """Hear a channel no more."""

@@ -49,17 +49,21 @@ return expired
 """
 )
 
-#: KEYS: the queue. Returns how many have expired, and the oldest element if there is one.
+#: KEYS: the queue. ARGV: the time in ms from which on nobody waits for the answer: a server that was frozen carries out
+#: late what it was asked. Returns how many have expired, the oldest element or nil, and the time in ms.
 FETCH = (
     _NOW
     + """
 local expired = 0
-local first = redis.call('LPOP', KEYS[1])
-while first and expires(first) <= now do
-    expired = expired + 1
+local first = false
+if now <= tonumber(ARGV[1]) then
     first = redis.call('LPOP', KEYS[1])
+    while first and expires(first) <= now do
+        expired = expired + 1
+        first = redis.call('LPOP', KEYS[1])
+    end
 end
-return {expired, first}
+return {expired, first, now}
 """
 )
 
