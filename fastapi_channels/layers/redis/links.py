@@ -41,10 +41,10 @@ class Subscription:
         first: Done with the first confirmation, or with the error that the server gave instead.
         link: The connection that hears it; None while nobody knows which server has it.
         is_confirmed: Whether the server has confirmed it.
-        is_refused: Whether the server doesn't let us, so that asking again is of no use.
+        refusal: Why the server doesn't let us, so that asking again is of no use; else None.
     """
 
-    __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "is_refused", "link")
+    __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "link", "refusal")
 
     def __init__(
         self, address: str, deliver: Callable[[bytes], None], confirmed: Callable[[], None], first: asyncio.Future[None]
@@ -55,7 +55,7 @@ class Subscription:
         self.first = first
         self.link: SubscriberLink | None = None
         self.is_confirmed = False
-        self.is_refused = False
+        self.refusal: str | None = None
 
 
 class Links:
@@ -156,7 +156,9 @@ class Links:
         can_send = bool(self._commands) and all(link.is_up for link in links if isinstance(link, CommandLink))
         can_receive = not self._unheard and all(link.is_up for link in links if isinstance(link, SubscriberLink))
         if not wrong and self._unheard:
-            wrong[""] = f"{self._servers.shown}: {len(self._unheard)} subscriptions are being restored"
+            refusals = [subscription.refusal for subscription in self._unheard if subscription.refusal]
+            waiting = f"{self._servers.shown}: {len(self._unheard)} subscriptions are not confirmed"
+            wrong[""] = refusals[0] if refusals else waiting
         latencies = [link.latency for link in links if link.latency is not None]
         return Health(not wrong, "; ".join(wrong.values()), can_send, can_receive, max(latencies, default=None))
 
@@ -286,12 +288,13 @@ class Links:
         elif isinstance(error, AskError):
             self._map_anew()
         elif error is not None:
-            subscription.is_refused = True
-            self._unheard.discard(subscription)
+            subscription.refusal = f"{link.name}: {error}"
             if not subscription.first.done():
-                subscription.first.set_exception(LayerUnavailable(f"{link.name}: {error}"))
+                subscription.first.set_exception(LayerUnavailable(subscription.refusal))
+                subscription.first.exception()
             else:
                 logger.error("%s does not let this process hear a group any more: %s", link.name, error)
+            self._tell()
         else:
             subscription.is_confirmed = True
             if not subscription.first.done():
@@ -322,7 +325,7 @@ class Links:
         return [
             subscription
             for subscription in self._subscriptions.values()
-            if subscription.link is link and not (subscription.is_confirmed or subscription.is_refused)
+            if subscription.link is link and not (subscription.is_confirmed or subscription.refusal)
         ]
 
     def _heard(self, address: bytes, data: bytes) -> None:
@@ -382,7 +385,7 @@ class Links:
             self._counters.gaps += 1
             self._has_gap = True
         for subscription in subscriptions:
-            subscription.is_confirmed = subscription.is_refused = False
+            subscription.is_confirmed, subscription.refusal = False, None
         self._unheard.update(subscriptions)
 
     def _tell(self) -> None:
