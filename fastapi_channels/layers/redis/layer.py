@@ -104,7 +104,7 @@ class RedisLayer(ChannelLayer):
     @override
     async def _connect(self) -> None:
         links = self._links = Links(self._servers, self.crew, self.timeout, self.counters, listens=self.listens)
-        await links.open()
+        links.open()
         if self.listens:
             links.subscribe(self._node_address(self._node), self._heard_channel, is_due=True)
         try:

@@ -93,13 +93,9 @@ class Links:
 
     # Opening and closing
 
-    async def open(self) -> None:
-        """Connect to all servers, and go on trying where that fails."""
-        try:
-            self._servers.use(await self._find())
-        except Exception as error:
-            self._refuse_wrong_credentials(error)
-            self._why = error
+    def open(self) -> None:
+        """Begin to connect to all servers; `connected` waits for that."""
+        if self._servers.can_change:
             self._map_anew()
         self._make_links()
         if self._servers.asks_regularly:
@@ -115,8 +111,8 @@ class Links:
         try:
             async with asyncio.timeout(self._timeout):
                 while not self.health().ok:
-                    for link in self._all():
-                        self._refuse_wrong_credentials(link.error)
+                    for error in (self._why, *(link.error for link in self._all())):
+                        self._refuse_wrong_credentials(error)
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
@@ -152,7 +148,7 @@ class Links:
         links = [link for link in self._all() if not (self._was_well and link.is_new)]
         wrong = {link.name: f"{link.name}: {link.error}" for link in links if not link.is_up}
         if not self._commands:
-            wrong[""] = f"{self._servers.shown}: no server is known: {self._why}"
+            wrong[""] = f"{self._servers.shown}: {self._why or 'no server is known yet'}"
         can_send = bool(self._commands) and all(link.is_up for link in links if isinstance(link, CommandLink))
         can_receive = not self._unheard and all(link.is_up for link in links if isinstance(link, SubscriberLink))
         if not wrong and self._unheard:
@@ -428,8 +424,11 @@ class Links:
         while True:
             try:
                 await self._use(await self._find())
+                self._why = None
             except Exception as error:  # a Cluster in trouble has many answers
+                self._why = error
                 logger.debug("%s: can't find out which server has what: %r", self._servers.shown, error)
+                self._tell()
             if self._is_settled():
                 self._is_mapping = False
                 return
@@ -437,8 +436,11 @@ class Links:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _find(self) -> Sequence[str]:
-        async with asyncio.timeout(self._timeout):
-            return await self._servers.find()
+        try:
+            async with asyncio.timeout(self._timeout / 2):
+                return await self._servers.find()
+        except TimeoutError:
+            raise LayerUnavailable(f"no answer within {self._timeout / 2:g} s") from None
 
     async def _use(self, found: Sequence[str]) -> None:
         """Bring everything to the servers that have it now.

@@ -16,7 +16,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import RedisError
@@ -158,7 +158,10 @@ class Sentinels(Servers):
 
     @override
     async def find(self) -> Sequence[str]:
-        host, port = await self._pool.sentinel_manager.discover_master(self._pool.service_name)
+        try:
+            host, port = await self._pool.sentinel_manager.discover_master(self._pool.service_name)
+        except MasterNotFoundError:  # whose text is a page of objects
+            raise LayerUnavailable(f"none of the Sentinels names a primary of {self._pool.service_name!r}") from None
         return (f"{host}:{port}",)
 
     @override
@@ -340,7 +343,12 @@ def _sentinels(
     }
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         addresses,
-        sentinel_kwargs={"socket_timeout": timeout / 2, "socket_connect_timeout": timeout / 2, **sentinel_options},
+        sentinel_kwargs={
+            "retry": Retry(NoBackoff(), 0),
+            "socket_connect_timeout": timeout / 4,
+            "socket_timeout": timeout / 4,
+            **sentinel_options,
+        },
     )
     pool = SentinelConnectionPool(service, sentinel, db=_database(db), **options)  # type: ignore[no-untyped-call]
     return Sentinels(pool, shown, is_ours=True)
@@ -363,7 +371,10 @@ def _address(text: str, default_port: int) -> tuple[str, int]:
     parsed = urlsplit(f"//{text}")
     if not parsed.hostname:
         raise _WrongURL("a host is missing")
-    return parsed.hostname, parsed.port or default_port
+    try:
+        return parsed.hostname, parsed.port or default_port
+    except ValueError:
+        raise _WrongURL("a port is a number up to 65535") from None
 
 
 def _connection(kind: type[AbstractConnection], options: dict[str, Any], connect_timeout: float) -> AbstractConnection:
