@@ -169,6 +169,8 @@ class ChannelLayer(ABC):
                     opening.set_result(None)
 
     async def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None:
+            self._abandon()
         self._loop = loop
         self._crew = Crew(loop)
         # Not earlier: a server may load the application first and fork its workers then.
@@ -201,6 +203,15 @@ class ChannelLayer(ABC):
             await self._disconnect()
         finally:
             self._loop = None
+
+    def _abandon(self) -> None:
+        """Forget what belongs to an event loop that has ended without the layer being closed, and touch none of it."""
+        self._is_ready = False
+        self._watching = None
+        self._attached.clear()
+        self._groups.clear()
+        self._subscribed.clear()
+        self._turns.clear()
 
     def _lock_of(self, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
         """Held while it opens or closes."""

@@ -38,6 +38,12 @@ class LocalLayer(ChannelLayer):
             queue.clear()
         self._seen.clear()
 
+    @override
+    def _abandon(self) -> None:
+        super()._abandon()
+        self._queues.clear()
+        self._seen.clear()
+
     def _is_repeat(self, group: str, key: str) -> bool:
         """Whether the key was used for the group within `REMEMBERED` seconds; it has been, from now on."""
         now = self._now()

@@ -124,6 +124,12 @@ class RedisLayer(ChannelLayer):
             await links.close()
 
     @override
+    def _abandon(self) -> None:
+        super()._abandon()
+        self._links = None
+        self._queues.clear()
+
+    @override
     async def flush(self) -> None:
         """Drop every message and membership, and whatever this layer has in Redis, of all processes."""
         await super().flush()

@@ -37,6 +37,9 @@ WAITING_BYTES = 64 * 1024 * 1024
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 
+#: How many seconds a connection has to be closed properly.
+GOODBYE = 1.0
+
 Command = Sequence[str | bytes | int]
 
 
@@ -115,6 +118,8 @@ class Link(ABC):
         self._is_answered = asyncio.Event()
         self._connection: AbstractConnection | None = None
         self._broken: asyncio.Timeout | None = None
+        self._is_closing = False
+        self._is_given_up = False
         self._is_writing = False
         self._writing: asyncio.Task[None] | None = None
         self._down_since = self._loop.time()
@@ -161,10 +166,14 @@ class Link(ABC):
 
     def go_on(self) -> None:
         """Write what waits, soon."""
-        if self._waiting and self._connection is not None and not self._is_writing and not self.is_held:
+        if self._waiting and self._may_write and not self._is_writing:
             self._is_writing = True
             # Not at once: what else is sent in this turn of the loop goes out with it.
             self._loop.call_soon(self._begin_to_write)
+
+    @property
+    def _may_write(self) -> bool:
+        return self._connection is not None and not self._is_given_up and not self.is_held
 
     def withdraw(self) -> list[Request]:
         """Take back what was not written yet, in order."""
@@ -181,6 +190,7 @@ class Link(ABC):
 
     async def close(self) -> None:
         """Disconnect; whoever still waits gets LayerUnavailable."""
+        self._is_closing = True
         self._task.cancel()
         await asyncio.wait({self._task})
         self._went_down(closed := LayerUnavailable("the channel layer was closed"))
@@ -211,7 +221,9 @@ class Link(ABC):
                 async with asyncio.timeout(self.timeout):
                     connection = self._connect()
                     await connection.connect()  # type: ignore[no-untyped-call]
-                    # A frozen server's kernel connects too.
+                    # A frozen server's kernel connects too, and one that is loading its data answers all but PING.
+                    await connection.send_command("PING", check_health=False)
+                    await connection.read_response()
                     await connection.send_command("TIME", check_health=False)
                     seconds, microseconds = await connection.read_response()
                     self.set_clock(int(seconds) + int(microseconds) / 1e6)
@@ -223,10 +235,15 @@ class Link(ABC):
                 self._went_down(await self._serve(connection))
             finally:
                 if connection is not None:
-                    await _disconnect(connection)
+                    await self._disconnect(connection)
             self._changed(self)
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _disconnect(self, connection: AbstractConnection) -> None:
+        with contextlib.suppress(RedisError, OSError):  # it is gone either way
+            async with asyncio.timeout(GOODBYE):
+                await connection.disconnect(nowait=not self._is_closing)  # TLS takes its leave
 
     async def _serve(self, connection: AbstractConnection) -> Exception:
         """Read what the server sends until the connection is lost; returns why it was."""
@@ -253,6 +270,7 @@ class Link(ABC):
 
     def _came_up(self, connection: AbstractConnection) -> None:
         self._connection = connection
+        self._is_given_up = False
         self.error = None
         self._heard = self._loop.time()
         self._beat = self._loop.call_later(self.timeout / 4, self._keep_alive)
@@ -278,6 +296,7 @@ class Link(ABC):
 
     def _break(self) -> None:
         """Give the connection up."""
+        self._is_given_up = True
         if self._broken is not None:
             self._broken.reschedule(self._loop.time())
 
@@ -300,7 +319,7 @@ class Link(ABC):
     async def _write(self) -> None:
         connection = self._connection
         try:
-            while self._waiting and connection is not None and connection is self._connection and not self.is_held:
+            while self._waiting and connection is not None and connection is self._connection and self._may_write:
                 batch = []
                 size = 0
                 while self._waiting and size < BATCH_BYTES:
@@ -433,8 +452,3 @@ class SubscriberLink(Link):
             return False
         command = self._written[0].command
         return command[0] == "SUNSUBSCRIBE" and str(command[1]).encode() == channel
-
-
-async def _disconnect(connection: AbstractConnection) -> None:
-    with contextlib.suppress(RedisError, OSError):  # it is gone either way
-        await connection.disconnect(nowait=True)

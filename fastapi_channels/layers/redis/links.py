@@ -41,10 +41,11 @@ class Subscription:
         first: Done with the first confirmation, or with the error that the server gave instead.
         link: The connection that hears it; None while nobody knows which server has it.
         is_confirmed: Whether the server has confirmed it.
+        is_due: Whether all is not well while it isn't confirmed, whatever the reason.
         refusal: Why the server doesn't let us, so that asking again is of no use; else None.
     """
 
-    __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "link", "refusal")
+    __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "is_due", "link", "refusal")
 
     def __init__(
         self, address: str, deliver: Callable[[bytes], None], confirmed: Callable[[], None], first: asyncio.Future[None]
@@ -55,6 +56,7 @@ class Subscription:
         self.first = first
         self.link: SubscriberLink | None = None
         self.is_confirmed = False
+        self.is_due = False
         self.refusal: str | None = None
 
 
@@ -226,6 +228,7 @@ class Links:
         """
         subscription = Subscription(address, deliver, confirmed, self._loop.create_future())
         if is_due:
+            subscription.is_due = True
             self._unheard.add(subscription)
         self._subscriptions[address.encode()] = subscription
         self._place(subscription)
@@ -285,6 +288,8 @@ class Links:
             self._map_anew()
         elif error is not None:
             subscription.refusal = f"{link.name}: {error}"
+            if not subscription.is_due:
+                self._unheard.discard(subscription)  # asking again is of no use, and the other groups are heard
             if not subscription.first.done():
                 subscription.first.set_exception(LayerUnavailable(subscription.refusal))
                 subscription.first.exception()
