@@ -252,7 +252,7 @@ class Link(ABC):
                 while True:
                     for _ in range(BURST):
                         try:
-                            reply = await connection.read_response(disable_decoding=True)
+                            reply = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
                         except ResponseError as error:
                             reply = error
                         self._heard = self._loop.time()
@@ -296,8 +296,8 @@ class Link(ABC):
 
     def _break(self) -> None:
         """Give the connection up."""
-        self._is_given_up = True
-        if self._broken is not None:
+        if self._broken is not None and not self._is_given_up:
+            self._is_given_up = True
             self._broken.reschedule(self._loop.time())
 
     def _unavailable(self, *, maybe_sent: bool = False) -> LayerUnavailable:
