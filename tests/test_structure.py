@@ -26,10 +26,22 @@ FLOORS = [
 #: Where each package that only a part of us needs comes in.
 DOORS = {
     "asgi_lifespan": {"testing.lifespan"},
+    "broadcaster": {
+        "layers.broadcaster.layer",
+        "layers.broadcaster.link",
+        "layers.broadcaster.redis",
+        "layers.broadcaster.source",
+    },
     "cryptography": {"layers.wire"},
     "pydantic_settings": {"settings"},
     "pytest": {"testing.contract", "testing.plugin"},
-    "redis": {"layers.redis.layer", "layers.redis.link", "layers.redis.links", "layers.redis.servers"},
+    "redis": {
+        "layers.broadcaster.redis",
+        "layers.redis.layer",
+        "layers.redis.link",
+        "layers.redis.links",
+        "layers.redis.servers",
+    },
 }
 
 TREES = {

@@ -23,10 +23,12 @@ from fastapi_channels.layers.sink import Direct, Sink
 from fastapi_channels.layers.wire import Serializer
 
 if TYPE_CHECKING:
+    from fastapi_channels.layers.broadcaster import BroadcasterLayer
     from fastapi_channels.layers.redis import RedisLayer
 
 __all__ = [
     "AsyncPublisher",
+    "BroadcasterLayer",
     "ChannelFull",
     "ChannelLayer",
     "Counters",

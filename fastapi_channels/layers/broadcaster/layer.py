@@ -91,6 +91,11 @@ class BroadcasterLayer(LocalLayer):
             await link.close()
 
     @override
+    def _abandon(self) -> None:
+        super()._abandon()
+        self._link = None
+
+    @override
     async def health(self) -> Health:
         return await super().health() if self._link is None else self._link.health()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from broadcaster import Event
 
-from fastapi_channels._tasks import Crew
+from fastapi_channels._tasks import Crew, not_cancelled
 from fastapi_channels.exceptions import InvalidMessage, LayerUnavailable, SettingsError
 from fastapi_channels.layers.base import Health, closed
 from fastapi_channels.layers.broadcaster.parts import LARGEST, Parts, parts_of
@@ -118,6 +118,7 @@ class Link:
         self._broker = source.broker
         self._broadcast = source.make(self._break)
         self._is_ours = not (source.is_given and is_connected(self._broadcast))
+        self._is_connected = False
         self._base = base
         self._node = node
         self._crew = crew
@@ -245,6 +246,9 @@ class Link:
             async with asyncio.timeout(self._timeout):
                 await done
         except TimeoutError:
+            if self._error is None and not request.is_begun:
+                before = f"no answer within {self._timeout:g} s to what was asked before"
+                raise LayerUnavailable(f"{self._source.shown}: {before}") from None
             raise self._unavailable(maybe_sent=request.is_begun) from self._error
 
     def _add(self, request: Request) -> None:
@@ -276,13 +280,13 @@ class Link:
 
     async def _connect(self) -> None:
         if self._is_ours:
-            await self._within(self._broadcast.connect())
-        if self._own:
-            for address in self._own:
-                await self._within(self._hear(address))
-            await self._hear_oneself()
-            for address in list(self._wanted):  # what changes meanwhile is asked for
-                await self._within(self._hear(address))
+            await self._within(self._timeout, self._broadcast.connect())
+            self._is_connected = True
+        for address in self._own:
+            await self._within(self._timeout, self._hear(address))
+        await self._hear_oneself()
+        for address in list(self._wanted):  # what changes meanwhile is asked for
+            await self._within(self._timeout, self._hear(address))
         self._came_up()
 
     async def _work(self) -> None:
@@ -302,13 +306,13 @@ class Link:
                 if request.is_over:
                     return
                 request.is_begun = True
-                await self._within(call())
+                await self._within(self._timeout, call())
         except BaseException as error:
             told = self._told(self._reason or error)
             unavailable = LayerUnavailable(f"{self._source.shown}: {told}", maybe_sent=True)
             unavailable.__cause__ = error
             request.answer(unavailable)
-            if not self._own or isinstance(error, TimeoutError) or not isinstance(error, Exception):
+            if isinstance(error, TimeoutError) or not isinstance(error, Exception):
                 raise
             # Either only this has failed, or all is lost: the probe will tell.
             self._is_probe_due = True
@@ -331,13 +335,13 @@ class Link:
         for channel in list(self._subscriptions):
             # Past the deadline it still forgets the channel, and only tells nobody.
             with suppress(Exception):
-                async with asyncio.timeout_at(deadline):
-                    await self._end(channel)
+                await self._within(deadline - self._loop.time(), self._end(channel))
         if readings:
             await asyncio.wait(readings)
-        if self._is_ours:
-            with suppress(Exception):  # it may never have been connected, or tell of the death of its listener
-                await self._within(self._broadcast.disconnect())
+        if self._is_connected:
+            self._is_connected = False
+            with suppress(Exception):  # such as that of its listener
+                await self._within(self._timeout, self._broadcast.disconnect())
         self._parts = Parts()
         self._requests = deque(request for request in self._requests if request.done and not request.is_over)
 
@@ -384,10 +388,12 @@ class Link:
             self._probe = secrets.token_hex(6)
             self._probed_at = self._loop.time()
             self._in(self._timeout, self._overdue)
-        await self._within(self._send(self._probe_address, self._probe))
+        await self._within(self._timeout, self._send(self._probe_address, self._probe))
+        if not self._own:  # there it ends: nothing is listened to
+            self._heard_probe(self._probe_address, self._probe)
 
     def _heard_probe(self, address: str, text: str) -> None:
-        if text == self._probe:
+        if self._probe and text == self._probe:
             self._probe = ""
             self._latency = self._loop.time() - self._probed_at
             self._in(self._timeout / 2, self._probe_again)
@@ -468,9 +474,14 @@ class Link:
 
     # Small things
 
-    async def _within(self, call: Awaitable[Any]) -> None:
-        async with asyncio.timeout(self._timeout):
-            await call
+    async def _within(self, seconds: float, call: Awaitable[Any]) -> None:
+        """Await what somebody else has written, which may hang, and be cancelled without us."""
+        try:
+            async with asyncio.timeout(seconds):
+                await call
+        except asyncio.CancelledError as error:
+            assert self._task is not None
+            raise not_cancelled(error, self._task) from error
         if self._reason is not None:  # `wait_for` of Python 3.11 may swallow the interruption
             raise self._reason
 

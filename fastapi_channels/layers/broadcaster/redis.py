@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
 __all__ = ["RedisBackend"]
+
+#: How many seconds a connection has to be closed properly.
+GOODBYE = 1.0
 
 
 class RedisBackend(BroadcastBackend):
@@ -47,6 +51,7 @@ class RedisBackend(BroadcastBackend):
 
     @override
     async def connect(self) -> None:
+        """Make both connections, or none."""
         self._asked.clear()
         self._publisher, self._subscriber = self._make(), self._make()
         try:
@@ -58,24 +63,31 @@ class RedisBackend(BroadcastBackend):
 
     @override
     async def disconnect(self) -> None:
+        """Close both connections."""
         for connection in (self._publisher, self._subscriber):
-            await connection.disconnect(nowait=True)
+            with suppress(Exception):  # it is gone either way
+                async with asyncio.timeout(GOODBYE):
+                    await connection.disconnect()  # TLS takes its leave
 
     @override
     async def subscribe(self, group: str) -> None:
+        """Listen to a channel; returns when Redis has confirmed it."""
         await self._ask("SUBSCRIBE", group)
 
     @override
     async def unsubscribe(self, group: str) -> None:
+        """Listen to a channel no more."""
         await self._ask("UNSUBSCRIBE", group)
 
     @override
     async def publish(self, channel: str, message: str) -> None:
+        """Send a message to who listens to a channel."""
         await _write(self._publisher, "PUBLISH", channel, message)
         await self._publisher.read_response()
 
     @override
     async def next_published(self) -> Event:
+        """The next message; waits for one."""
         while True:
             try:
                 reply: Any = await self._subscriber.read_response(disable_decoding=True)
@@ -84,8 +96,6 @@ class RedisBackend(BroadcastBackend):
                 continue
             except Exception as error:
                 self._lost(error)
-                # A Broadcast whose listener has died of an error does not disconnect any more.
-                await asyncio.get_running_loop().create_future()
                 raise
             kind, channel, data = reply
             if kind == b"message":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from broadcaster import Broadcast, BroadcastBackend
+from typing_extensions import override
 
 from fastapi_channels.layers.broadcaster.redis import RedisBackend
 
@@ -67,7 +68,7 @@ class Source:
     broker: Broker
     shown: str
     is_given: bool = False
-    secrets: Collection[str] = ()
+    secrets: Collection[str] = field(default=(), repr=False)
 
     def without_secrets(self, text: str) -> str:
         """The text of an error, for people to read."""
@@ -87,7 +88,7 @@ def source_of(given: str | Broadcast | BroadcastBackend) -> Source:
     if isinstance(given, Broadcast):
         return Source(lambda _: given, POSTGRES, "the Broadcast", is_given=True)
     if all(callable(getattr(given, name, None)) for name in BACKEND_METHODS):
-        return Source(lambda _: Broadcast(backend=given), POSTGRES, type(given).__name__)
+        return Source(lambda _: BackendBroadcast(given), POSTGRES, type(given).__name__)
     # Never the value itself: it may hold a password.
     raise ValueError(f"broadcast is a URL, a Broadcast, or a backend of one, not a {type(given).__name__}")
 
@@ -97,9 +98,9 @@ def _source_of_url(url: str) -> Source:
     if scheme not in BROKERS:
         raise ValueError(f"not a URL of broadcaster; it has {', '.join(f'{known}://' for known in BROKERS)}")
     credentials, at, place = rest.rpartition("@")  # the last one, whatever signs are in the password
-    user, _, password = credentials.partition(":")
+    user, colon, password = credentials.partition(":")
     place, _, options = place.partition("?")
-    shown = f"{scheme}://{user + ':***' if password else user}{at}{place}"
+    shown = f"{scheme}://{f'{user}:' if colon else ''}{'***@' if at else ''}{place}"
     if "#" in rest or re.search("[/?]", credentials):
         raise ValueError(
             f"{scheme}://***: what is not a sign of the URL itself, such as @, / or # in a password, is percent-encoded"
@@ -109,7 +110,7 @@ def _source_of_url(url: str) -> Source:
 
     def make(lost: Callable[[Exception], None]) -> Broadcast:
         if scheme in ("redis", "rediss"):
-            return Broadcast(backend=RedisBackend(url, lost))
+            return BackendBroadcast(RedisBackend(url, lost))
         return Broadcast(url)
 
     try:
@@ -122,6 +123,22 @@ def _source_of_url(url: str) -> Source:
     except Exception:  # urllib's, which repeats parts of what it was given
         raise ValueError(f"{shown}: not a URL") from None
     return Source(make, BROKERS[scheme], shown, secrets=secrets)
+
+
+class BackendBroadcast(Broadcast):
+    """A Broadcast that disconnects its backend though its listener has died, of an error or with the event loop."""
+
+    def __init__(self, backend: BroadcastBackend) -> None:
+        super().__init__(backend=backend)
+        self.backend = backend
+
+    @override
+    async def disconnect(self) -> None:
+        try:
+            await super().disconnect()
+        except BaseException:
+            await self.backend.disconnect()
+            raise
 
 
 def is_connected(broadcast: Broadcast) -> bool:

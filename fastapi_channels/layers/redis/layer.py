@@ -312,6 +312,8 @@ class RedisLayer(ChannelLayer):
             logger.warning("%s", text)
 
     async def _answer(self, reply: asyncio.Future[Any]) -> Any:
+        if reply.done():
+            await asyncio.sleep(0)  # who tries again and again lets the connection be made meanwhile
         try:
             return await reply
         except RedisError as error:
