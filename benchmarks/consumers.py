@@ -37,6 +37,22 @@ class HandlerConsumer(JsonConsumer):
         await self.send_json(message)
 
 
+class ForwardOneConsumer(ForwardConsumer):
+    """The same in a group that the client chooses."""
+
+    async def connect(self, group: str) -> None:  # type: ignore[override]
+        """Join the group."""
+        await self.group_add(group)
+
+
+class HandlerOneConsumer(HandlerConsumer):
+    """The same in a group that the client chooses."""
+
+    async def connect(self, group: str) -> None:  # type: ignore[override]
+        """Join the group."""
+        await self.group_add(group)
+
+
 class Echo(BaseModel):
     """What the action takes, and gives back."""
 
@@ -57,6 +73,8 @@ router = ConsumerRouter(
     [
         route("/ws/forward", ForwardConsumer),
         route("/ws/handler", HandlerConsumer),
+        route("/ws/forward/{group}", ForwardOneConsumer),
+        route("/ws/handler/{group}", HandlerOneConsumer),
         route("/ws/echo", EchoConsumer),
     ]
 )
@@ -72,3 +90,18 @@ async def publish(first: int, count: int, size: int, pause: float, layer: Layer)
     for number in range(first, first + count):
         await layer.group_send(GROUP, message(number, size))
         await asyncio.sleep(pause)
+
+
+class LayerHealth(BaseModel):
+    """Whether the layer of this process can do its work, and how often it has missed messages."""
+
+    ok: bool
+    detail: str
+    gaps: int
+
+
+@app.get("/health")
+async def health(layer: Layer) -> LayerHealth:
+    """Tell how the layer of this process is."""
+    now = await layer.health()
+    return LayerHealth(ok=now.ok, detail=now.detail, gaps=layer.counters.gaps)

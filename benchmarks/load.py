@@ -19,6 +19,7 @@ OPENING_AT_ONCE = 100
 OPENING_TIMEOUT = 10
 SETTLING = 0.3
 """Seconds for what the server does after it has answered: joining its groups, or leaving them."""
+_NUMBER = re.compile(rb'"n":(\d+)')
 _SENT = re.compile(rb'"sent":(\d+)')
 
 
@@ -164,6 +165,22 @@ class Member(Connection):
         super().failed(error)
         if self.countdown is not None:
             self.countdown.fail(error)
+
+
+class NumberedMember(Member):
+    """A member that keeps the numbers of the messages that it gets."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.numbers: list[int] = []
+
+    def received(self, payload: bytes) -> None:
+        number = _NUMBER.search(payload)
+        if number is None:
+            self.failed(LoadError(f"A message without a number: {payload[:200]!r}"))
+        else:
+            self.numbers.append(int(number[1]))
+        super().received(payload)
 
 
 class TimedMember(Member):

@@ -10,180 +10,24 @@ import os
 import platform
 import resource
 import signal
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, replace
-from http.client import HTTPConnection
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
-import psutil
 import uvloop
 
-from benchmarks.load import (
-    HOST,
-    Caller,
-    Connection,
-    LoadError,
-    Member,
-    StalledMember,
-    TimedMember,
-    ask,
-    connected,
-    deliver,
-)
+from benchmarks import outage, redis
+from benchmarks.load import Caller, Connection, LoadError, Member, StalledMember, TimedMember, ask, connected, deliver
+from benchmarks.process import CONSUMERS, SERVERS, Server, serving
+from benchmarks.table import QUICK, Plan, Row, compared, interleaved, print_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-SERVERS = "benchmarks.servers:app"
-CONSUMERS = "benchmarks.consumers:app"
-UVICORN = (
-    "--loop uvloop --ws auto --ws-per-message-deflate false --ws-ping-interval 0 --no-access-log --log-level warning"
-)
 STALLED_LIMIT_MB = 6.0
 """What one stalled member may cost: the default OUTBOX_BYTES, and half as much for what else goes on in the process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How much is measured. The sizes are bytes, the pause is seconds."""
-
-    rounds: int = 7
-    slices: int = 20
-    members: int = 500
-    messages: int = 10
-    message_size: int = 128
-    clients: int = 50
-    calls: int = 50
-    idle: int = 2000
-    idle_before: int = 500
-    idle_rounds: int = 3
-    readers: int = 20
-    stall_messages: int = 1000
-    stall_size: int = 16 * 1024
-    stall_pause: float = 0.002
-    stall_rounds: int = 3
-
-
-QUICK = Plan(
-    rounds=2,
-    slices=2,
-    members=100,
-    clients=10,
-    idle=200,
-    idle_before=50,
-    idle_rounds=1,
-    readers=5,
-    stall_messages=400,
-    stall_size=32 * 1024,
-    stall_rounds=1,
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the values of all rounds, and their ratios to the yardstick's, where it has one."""
-
-    section: str
-    name: str
-    unit: str
-    values: list[float]
-    ratios: list[float] | None = None
-    limit: float | None = None
-
-    @property
-    def within_limit(self) -> bool:
-        """Whether the median, of the ratios if there are any, keeps to the limit."""
-        return self.limit is None or statistics.median(self.ratios or self.values) <= self.limit
-
-
-class Server:
-    """A uvicorn process that serves one of the applications."""
-
-    def __init__(self, app: str) -> None:
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            self.port: int = free.getsockname()[1]
-        command = [sys.executable, "-m", "uvicorn", app, "--host", HOST, "--port", str(self.port), *UVICORN.split()]
-        settings = ("CHANNELS_", "FASTAPI_CHANNELS_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        self._memory = psutil.Process(self._process.pid)
-
-    async def started(self, timeout: float = 30) -> None:
-        """Wait until the server answers."""
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                await self.usage()
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise LoadError("The server did not start") from None
-                await asyncio.sleep(0.1)
-            else:
-                return
-
-    async def usage(self, *, collect: bool = False) -> dict[str, Any]:
-        """Ask for `servers.Usage`."""
-        usage: dict[str, Any] = await self._request("GET", "/usage", collect=collect)
-        return usage
-
-    async def publish(self, numbers: range, *, size: int, pause: float) -> None:
-        """Let the server publish the messages of these numbers."""
-        await self._request("POST", "/publish", first=numbers.start, count=len(numbers), size=size, pause=pause)
-
-    async def cpu_of(self, work: Awaitable[object]) -> float:
-        """Do the work, and return the CPU seconds the server spent meanwhile."""
-        before = await self.usage()
-        await work
-        after = await self.usage()
-        return float(after["cpu"] - before["cpu"])
-
-    def resident(self) -> int:
-        """Return the resident memory of the process in bytes."""
-        return int(self._memory.memory_info().rss)
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    async def _request(self, method: str, path: str, **query: object) -> Any:
-        return await asyncio.to_thread(self._blocking_request, method, f"{path}?{urlencode(query)}")
-
-    def _blocking_request(self, method: str, target: str) -> Any:
-        connection = HTTPConnection(HOST, self.port, timeout=60)
-        try:
-            connection.request(method, target)
-            response = connection.getresponse()
-            body = response.read()
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise LoadError(f"{method} {target}: {response.status} {body[:500]!r}")
-        return json.loads(body)
-
-
-@asynccontextmanager
-async def serving(app: str) -> AsyncIterator[Server]:
-    """Run a server for the length of the block."""
-    server = Server(app)
-    try:
-        await server.started()
-        yield server
-    finally:
-        server.stop()
 
 
 async def fan_out(plan: Plan) -> list[Row]:
@@ -313,60 +157,18 @@ async def peak_resident(server: Server) -> AsyncIterator[list[int]]:
         task.cancel()
 
 
-async def interleaved(
-    names: Sequence[str], cost: Callable[[str], Awaitable[float]], *, rounds: int, slices: int = 1, warm_up: bool = True
-) -> dict[str, list[float]]:
-    """Measure the variants in turn; a first round, to warm up, doesn't count.
-
-    Args:
-        names: The variants.
-        cost: Measures a variant once.
-        rounds: How many values each variant gets.
-        slices: How many measurements are averaged to a value. The variants take turns after every slice, so that what
-            else the machine does in a round meets all of them.
-        warm_up: Whether there is a first round.
-    """
-    values: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds + warm_up):
-        measured: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(slices):
-            for name in names:
-                measured[name].append(await cost(name))
-        for name in names:
-            values[name].append(statistics.fmean(measured[name]))
-    return {name: of_rounds[int(warm_up) :] for name, of_rounds in values.items()}
-
-
-def compared(title: str, unit: str, costs: dict[str, list[float]], limits: dict[str, float]) -> list[Row]:
-    """Make the rows of a section whose first variant is the yardstick."""
-    yardstick = next(iter(costs.values()))
-    return [
-        Row(title, name, unit, values, [a / b for a, b in zip(values, yardstick, strict=True)], limits.get(name))
-        for name, values in costs.items()
-    ]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write the median, the least and the most."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
-
-
-def print_rows(rows: Sequence[Row]) -> None:
-    """Print the rows of one section."""
-    print(f"\n{rows[0].section}")
-    for row in rows:
-        ratio = spread(row.ratios) if row.ratios else "-"
-        limit = "" if row.limit is None else f"<= {row.limit:.2f} {'ok' if row.within_limit else 'EXCEEDED'}"
-        print(f"  {row.name:<32}{spread(row.values):>26} {row.unit:<18}{ratio:>20}  {limit}".rstrip(), flush=True)
-
-
 SECTIONS: dict[str, Callable[[Plan], Awaitable[list[Row]]]] = {
     "fan-out": fan_out,
     "requests": requests,
     "memory": memory,
     "stalled": stalled,
+    "redis-fan-out": redis.fan_out,
+    "redis-commands": redis.commands,
+    "redis-rate": redis.rate,
+    "redis-burst": redis.burst,
+    "redis-outage": outage.outage,
 }
-SIZES = ("rounds", "slices", "members", "messages", "clients", "calls", "idle")
+SIZES = ("rounds", "slices", "members", "messages", "clients", "calls", "idle", "groups", "outages")
 
 
 def allow_open_files(count: int) -> None:
@@ -395,7 +197,7 @@ async def measure(plan: Plan, sections: Sequence[str]) -> list[Row]:
 
 def report(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
     """Make the report for `--json`."""
-    packages = ("fastapi", "starlette", "uvicorn", "uvloop", "websockets", "pydantic")
+    packages = ("fastapi", "starlette", "uvicorn", "uvloop", "websockets", "pydantic", "redis", "hiredis")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
