@@ -92,6 +92,13 @@ async def publish(first: int, count: int, size: int, pause: float, layer: Layer)
         await asyncio.sleep(pause)
 
 
+@app.post("/join")
+async def join(groups: int, layer: Layer) -> None:
+    """Put a channel of its own into each of that many other groups."""
+    channels = [await layer.new_channel() for _ in range(groups)]
+    await asyncio.gather(*(layer.group_add(f"{GROUP}.{number}", name) for number, name in enumerate(channels)))
+
+
 class LayerHealth(BaseModel):
     """Whether the layer of this process can do its work, and how often it has missed messages."""
 

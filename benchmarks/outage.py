@@ -83,6 +83,8 @@ async def outage(plan: Plan) -> list[Row]:
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(broker())
         servers = [await stack.enter_async_context(serving(CONSUMERS, redis.url)) for _ in range(2)]
+        for server in servers:
+            await server.join(plan.outage_groups)  # first: what has to be restored before the members' group
         members: list[NumberedMember] = []
         for server, path in zip(servers, ("/ws/forward", "/ws/handler"), strict=True):
             opening = connected(server.port, path, NumberedMember, plan.outage_members)
@@ -171,8 +173,8 @@ def rows_of(outages: Sequence[Outage], writer: Writer, members: Sequence[Numbere
         raise LoadError("A member got a message twice, or behind one that was sent later")
     everywhere = set.intersection(*(set(member.numbers) for member in members))
     for what, numbers in [
-        *(("before the kill", one.before) for one in outages),
         *(("after health() was true again", one.after) for one in outages),
+        *(("before the kill", one.before) for one in outages),
     ]:
         refused = [number for number in numbers if number not in writer.acknowledged]
         if refused:

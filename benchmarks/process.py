@@ -74,6 +74,10 @@ class Server:
         """Do the work, and return the CPU seconds the server spent meanwhile."""
         return await cpu_of([self], work)
 
+    async def join(self, groups: int) -> None:
+        """Let the server join that many groups of which nothing is heard."""
+        await self._request("POST", "/join", groups=groups)
+
     async def health(self) -> dict[str, Any]:
         """Ask for `consumers.LayerHealth`."""
         health: dict[str, Any] = await self._request("GET", "/health")

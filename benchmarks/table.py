@@ -32,6 +32,7 @@ class Plan:
     burst_rounds: int = 3
     outages: int = 3
     outage_members: int = 5
+    outage_groups: int = 5000
     outage_messages: int = 2000
 
 
@@ -51,6 +52,7 @@ QUICK = Plan(
     commands_sends=10,
     burst_rounds=1,
     outages=1,
+    outage_groups=2000,
     outage_messages=500,
 )
 

@@ -33,6 +33,7 @@ DOORS = {
         "layers.broadcaster.source",
     },
     "cryptography": {"layers.wire"},
+    "hiredis": {"layers.redis.link"},
     "pydantic_settings": {"settings"},
     "pytest": {"testing.contract", "testing.plugin"},
     "redis": {

@@ -93,6 +93,9 @@ class Wire:
         if serializer is not None and not all(callable(getattr(serializer, name, None)) for name in ("dumps", "loads")):
             raise ValueError("a serializer has dumps and loads")
         self._serializer: Any = serializer
+        # What nearly every header is, made once.
+        self._usual_expiry = 0.0
+        self._usual_header = b""
 
     def pack(
         self,
@@ -112,15 +115,16 @@ class Wire:
         Raises:
             ValueError: The serializer can't write it.
         """
-        header: dict[str, Any] = {"expiry": expiry}
-        if exclude:
-            header["exclude"] = list(exclude)
-        if channel is not None:
-            header["channel"] = channel
+        if exclude or channel is not None:
+            header = to_json({"expiry": expiry, "exclude": list(exclude), "channel": channel})
+        else:
+            if expiry != self._usual_expiry:
+                self._usual_expiry, self._usual_header = expiry, to_json({"expiry": expiry})
+            header = self._usual_header
         payload = envelope.payload
         if self._serializer is not None:
             payload = self._serializer.dumps(from_json(payload))
-        content = to_json(header) + b"\n" + payload
+        content = header + b"\n" + payload
         if self._encrypt is None:
             return VERSION + PLAIN + content
         return VERSION + ENCRYPTED + self._encrypt(address.encode() + b"\n" + content)

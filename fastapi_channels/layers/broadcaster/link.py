@@ -342,6 +342,7 @@ class Link:
             self._is_connected = False
             with suppress(Exception):  # such as that of its listener
                 await self._within(self._timeout, self._broadcast.disconnect())
+            self._broadcast = self._source.make(self._break)  # not every backend can be connected twice
         self._parts = Parts()
         self._requests = deque(request for request in self._requests if request.done and not request.is_over)
 

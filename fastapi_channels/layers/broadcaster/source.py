@@ -111,7 +111,7 @@ def _source_of_url(url: str) -> Source:
     def make(lost: Callable[[Exception], None]) -> Broadcast:
         if scheme in ("redis", "rediss"):
             return BackendBroadcast(RedisBackend(url, lost))
-        return Broadcast(url)
+        return StreamBroadcast(url) if scheme == "redis-stream" else Broadcast(url)
 
     try:
         make(lambda _: None)
@@ -138,6 +138,19 @@ class BackendBroadcast(Broadcast):
             await super().disconnect()
         except BaseException:
             await self.backend.disconnect()
+            raise
+
+
+class StreamBroadcast(Broadcast):
+    """The same for Redis Streams, whose backend can't be got at."""
+
+    @override
+    async def disconnect(self) -> None:
+        try:
+            await super().disconnect()
+        except BaseException:
+            await self.connect()  # nothing but a new listener, with which it disconnects
+            await super().disconnect()
             raise
 
 
