@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -57,5 +58,6 @@ def _send(given: argparse.Namespace) -> None:
         raise InvalidMessage(f"the message is not JSON: {error}") from error
     if given.settings is not None:
         sys.path.insert(0, os.getcwd())  # as `uvicorn app:app` does
-    with Publisher(given.url, settings=given.settings, alias=given.alias) as publisher:
+    # Not entered, which would connect before it has looked at the message.
+    with contextlib.closing(Publisher(given.url, settings=given.settings, alias=given.alias)) as publisher:
         publisher.group_send(given.group, message)

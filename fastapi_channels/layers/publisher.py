@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
-from weakref import WeakSet
 
 from fastapi_channels._tasks import run_blocking
 from fastapi_channels.exceptions import SettingsError
@@ -46,11 +47,13 @@ class AsyncPublisher:
         self, url: LayerSpec | None = None, *, settings: str | ModuleType | None = None, alias: str = "default"
     ) -> None:
         self._layer = _making_layers(url, settings, alias)()
+        self._last: asyncio.Future[None] | None = None
 
     @classmethod
     def _of(cls, layer: ChannelLayer) -> Self:
         publisher = cls.__new__(cls)
         publisher._layer = layer
+        publisher._last = None
         return publisher
 
     async def __aenter__(self) -> Self:
@@ -64,23 +67,38 @@ class AsyncPublisher:
 
     async def send(self, channel: str, message: Message) -> None:
         """See `ChannelLayer.send`."""
-        if not self._layer.is_open:
-            _check(channel, message)
-            await self._layer.open()
+        await self._opened(channel, message)
         await self._layer.send(channel, message)
 
     async def group_send(
         self, group: str, message: Message, *, exclude: Collection[str] = (), idempotency_key: str | None = None
     ) -> Receipt:
         """See `ChannelLayer.group_send`."""
-        if not self._layer.is_open:
-            _check(group, message)
-            await self._layer.open()
+        await self._opened(group, message)
         return await self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
 
     async def close(self) -> None:
         """Disconnect; a later send connects anew."""
         await self._layer.close()
+
+    async def _opened(self, name: str, message: Message) -> None:
+        """Wait until it is connected and those who have waited longer have gone on; bad input waits for nothing."""
+        if self._layer.is_open and self._last is None:
+            return
+        checked_name(name)
+        Envelope.of(message, 0.0)
+        before, this = self._last, asyncio.get_running_loop().create_future()
+        self._last = this
+        try:
+            try:
+                await self._layer.open()
+            finally:
+                if before is not None:
+                    await asyncio.wait({before})
+        finally:
+            this.set_result(None)
+            if self._last is this:
+                self._last = None
 
 
 class Publisher:
@@ -108,7 +126,11 @@ class Publisher:
         _publishers.add(self)
 
     def __enter__(self) -> Self:
-        self._run(lambda publisher: publisher.__aenter__())
+        try:
+            self._run(lambda publisher: publisher.__aenter__())
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -139,6 +161,8 @@ class Publisher:
         with self._changing:
             if self._worker is None:
                 self._worker = _Worker(self._make)
+                # One that is forgotten doesn't leave its thread and connection behind.
+                weakref.finalize(self, self._worker.end_soon).atexit = False
             worker = self._worker
             worker.begin_call()
         try:
@@ -153,7 +177,7 @@ class Publisher:
 
 
 #: Those of this process, which a fork of it has to start anew.
-_publishers: WeakSet[Publisher] = WeakSet()
+_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
@@ -200,8 +224,12 @@ class _Worker:
     def end(self) -> None:
         with self._change:
             self._change.wait_for(lambda: not self._calls)
-        self.loop.call_soon_threadsafe(self._ended.set)
+        self.end_soon()
         self._thread.join()
+
+    def end_soon(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(self._ended.set)
 
 
 def _making_layers(url: LayerSpec | None, settings: str | ModuleType | None, alias: str) -> Callable[[], ChannelLayer]:
@@ -226,9 +254,3 @@ def _making_layers(url: LayerSpec | None, settings: str | ModuleType | None, ali
         return layer
 
     return make
-
-
-def _check(name: str, message: Message) -> None:
-    """Raise for what can't be sent before a connection is made for it."""
-    checked_name(name)
-    Envelope.of(message, 0.0)

@@ -263,7 +263,7 @@ class TestOnABroadcast(LayerContract):
 # Several processes
 
 
-@pytest.fixture(params=["redis", "postgres", "one channel", "a Broadcast"])
+@pytest.fixture(params=["redis", "postgres", "streams", "one channel", "a Broadcast"])
 async def url(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     """What several layers may be opened with, and hear each other."""
     if request.param == "a Broadcast":
@@ -275,7 +275,8 @@ async def url(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
         return
     if request.param == "one channel":
         request.getfixturevalue("one_channel")
-    yield request.getfixturevalue("redis_url")
+    redis_url: str = request.getfixturevalue("redis_url")
+    yield redis_url.replace("redis:", "redis-stream:") if request.param == "streams" else redis_url
 
 
 async def test_groups_across_processes(start: Start, url: Any) -> None:
@@ -668,6 +669,18 @@ async def test_a_restart_is_a_gap(start: Start, redis_url: str, redis_server: An
         await healthy(layer)
         await layer.group_send("room", {"type": "x", "number": number})
         assert (await receive(layer, channel))["number"] == number
+
+
+async def test_streams_that_are_lost(start: Start, redis_url: str, redis_server: RedisServer) -> None:
+    """With streams too a restart is noticed and mended, though broadcaster's listener dies of it."""
+    layer = await start(redis_url.replace("redis:", "redis-stream:"), timeout=TIMEOUT)
+    channel = await member(layer, "room")
+    await asyncio.to_thread(redis_server.kill)
+    await lost(layer)
+    await asyncio.to_thread(redis_server.restart)
+    await healthy(layer)
+    await layer.group_send("room", MESSAGE)
+    assert await receive(layer, channel) == MESSAGE
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])

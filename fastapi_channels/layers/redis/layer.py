@@ -17,6 +17,7 @@ from fastapi_channels.exceptions import ChannelFull, InvalidMessage, LayerUnavai
 from fastapi_channels.layers.base import REMEMBERED, SWEEP, ChannelLayer, Health, Receipt, closed
 from fastapi_channels.layers.envelope import Envelope
 from fastapi_channels.layers.names import checked_name
+from fastapi_channels.layers.redis.link import Asked
 from fastapi_channels.layers.redis.links import Links
 from fastapi_channels.layers.redis.queue import FETCH, PUT, PUT_BACK, QueueReader
 from fastapi_channels.layers.redis.servers import servers_of
@@ -163,7 +164,10 @@ class RedisLayer(ChannelLayer):
         digest = hashlib.sha256(idempotency_key.encode("utf-8", "surrogatepass")).hexdigest()
         key = f"{self.prefix}:{{{group}}}:i:{digest}"
         ttl = int(REMEMBERED * 1000)
-        is_new = await self._answer(links.ask(key, "EVAL", PUBLISH_ONCE, 1, key, ttl, publish, address, data))
+        asking = links.ask(key, "EVAL", PUBLISH_ONCE, 1, key, ttl, publish, address, data)
+        is_new = await self._answer(asking)
+        if is_new and isinstance(asking.result(), Asked):
+            await self._answer(links.ask(address, publish, address, data))  # where the subscribers are
         return Receipt(duplicate=not is_new)
 
     @override
@@ -255,7 +259,8 @@ class RedisLayer(ChannelLayer):
             if reply.cancelled() or error is not None:
                 element.cancel()
                 return
-            expired, first, now = reply.result()
+            answer = reply.result()
+            expired, first, now = answer.reply if isinstance(answer, Asked) else answer
             if link is not None:
                 link.set_clock(now / 1000)
             self.counters.expired += expired
@@ -315,7 +320,8 @@ class RedisLayer(ChannelLayer):
         if reply.done():
             await asyncio.sleep(0)  # who tries again and again lets the connection be made meanwhile
         try:
-            return await reply
+            answer = await reply
+            return answer.reply if isinstance(answer, Asked) else answer
         except RedisError as error:
             raise LayerUnavailable(f"{self._servers.shown}: {error}") from error
 

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -29,7 +31,7 @@ except ImportError:
 else:
     pack_command = cast(Callable[[Command], bytes], _pack_command)
 
-__all__ = ["CommandLink", "Link", "Request", "SubscriberLink"]
+__all__ = ["Asked", "CommandLink", "Link", "Request", "SubscriberLink"]
 
 logger = logging.getLogger("fastapi_channels")
 
@@ -58,15 +60,17 @@ class Request:
         command: The command with its arguments.
         reply: What the server answered, or the error.
         expires: When the sender has waited long enough, on the event loop's clock.
+        is_asked: Whether it is carried out by a server that doesn't have the key's slot yet, as ASK says.
     """
 
-    __slots__ = ("command", "expires", "key", "reply", "size")
+    __slots__ = ("command", "expires", "is_asked", "key", "reply", "size")
 
     def __init__(self, key: str | None, command: Command, reply: asyncio.Future[Any], expires: float) -> None:
         self.key = key
         self.command = command
         self.reply = reply
         self.expires = expires
+        self.is_asked = False
         self.size = 0
         for part in command:
             if type(part) is bytes:
@@ -81,6 +85,13 @@ class Request:
             self.reply.exception()  # whoever stopped waiting for it isn't told by the event loop either
         else:
             self.reply.set_result(reply)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The reply of a server that doesn't have the key's slot yet; nobody is subscribed there."""
+
+    reply: Any
 
 
 class Link(ABC):
@@ -385,12 +396,12 @@ class Link(ABC):
         now = self._loop.time()
         if now - self._heard >= self.timeout / 4 and not (self._written or self._waiting or self.is_held):
             request = Request(None, ("PING",), self._loop.create_future(), now + self.timeout / 2)
-            request.reply.add_done_callback(partial(self._measured, now))
+            request.reply.add_done_callback(partial(self._measured, time.perf_counter()))
             self.send(request)
 
     def _measured(self, asked: float, reply: asyncio.Future[Any]) -> None:
         if not reply.cancelled() and reply.exception() is None:
-            self.latency = self._loop.time() - asked
+            self.latency = time.perf_counter() - asked  # uvloop's clock has milliseconds
 
 
 def _packed(connection: AbstractConnection, commands: list[Command]) -> list[bytes]:
@@ -425,7 +436,7 @@ class CommandLink(Link):
         if isinstance(reply, AskError) and not request.reply.done():
             self._redirected(self, request, reply)
             return
-        request.answer(reply)
+        request.answer(Asked(reply) if request.is_asked and not isinstance(reply, Exception) else reply)
         if isinstance(reply, ReadOnlyError):
             self._break()  # it was the primary once; whoever is now is found by connecting anew
 

@@ -37,7 +37,7 @@ class Subscription:
     Attributes:
         address: The channel.
         deliver: Called with what is published there.
-        confirmed: Called each time a server has confirmed it: what is published from then on is heard.
+        confirmed: Called each time a server has confirmed it, where what was missed can be caught up with; else None.
         first: Done with the first confirmation, or with the error that the server gave instead.
         link: The connection that hears it; None while nobody knows which server has it.
         is_confirmed: Whether the server has confirmed it.
@@ -48,7 +48,11 @@ class Subscription:
     __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "is_due", "link", "refusal")
 
     def __init__(
-        self, address: str, deliver: Callable[[bytes], None], confirmed: Callable[[], None], first: asyncio.Future[None]
+        self,
+        address: str,
+        deliver: Callable[[bytes], None],
+        confirmed: Callable[[], None] | None,
+        first: asyncio.Future[None],
     ) -> None:
         self.address = address
         self.deliver = deliver
@@ -201,6 +205,7 @@ class Links:
     def _redirected(self, link: CommandLink, request: Request, error: AskError) -> None:
         target = self._commands.get(f"{error.host}:{error.port}")
         if not isinstance(error, MovedError) and target is not None:
+            request.is_asked = True
             target.tell("ASKING")  # good for the next command only
             target.send(request)
         else:
@@ -214,7 +219,7 @@ class Links:
         self,
         address: str,
         deliver: Callable[[bytes], None],
-        confirmed: Callable[[], None] = lambda: None,
+        confirmed: Callable[[], None] | None = None,
         *,
         is_due: bool = False,
     ) -> Subscription:
@@ -223,7 +228,7 @@ class Links:
         Args:
             address: The channel.
             deliver: Called with what is published there.
-            confirmed: Called at each confirmation.
+            confirmed: Called at each confirmation, to catch up with what was missed; None if that can't be.
             is_due: Whether all is not well until it is confirmed.
         """
         subscription = Subscription(address, deliver, confirmed, self._loop.create_future())
@@ -300,7 +305,8 @@ class Links:
             subscription.is_confirmed = True
             if not subscription.first.done():
                 subscription.first.set_result(None)
-            subscription.confirmed()
+            if subscription.confirmed is not None:
+                subscription.confirmed()
             if subscription in self._unheard:
                 self._unheard.discard(subscription)
                 if not self._unheard:
@@ -382,7 +388,7 @@ class Links:
 
     def _unhear(self, subscriptions: Sequence[Subscription]) -> None:
         """Take note that this process doesn't hear these until they are confirmed anew."""
-        if any(subscription.is_confirmed for subscription in subscriptions):
+        if any(subscription.is_confirmed and subscription.confirmed is None for subscription in subscriptions):
             self._counters.gaps += 1
             self._has_gap = True
         for subscription in subscriptions:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import pytest
@@ -12,11 +12,26 @@ from redis.asyncio.client import PubSub
 
 from fastapi_channels.layers import ChannelLayer
 from fastapi_channels.layers.redis import RedisLayer
+from tests.brokers import Cluster, Sentinels
 
 #: Within how many seconds whatever a test waits for comes.
 SOON = 15.0
 
 MARKER = {"type": "marker"}
+
+
+@pytest.fixture(scope="session")
+def sentinels() -> Iterator[Sentinels]:
+    """Sentinels for all tests; `heal` repairs them."""
+    with Sentinels() as sentinels:
+        yield sentinels
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Cluster with replicas for all tests; `heal` repairs it."""
+    with Cluster(replicas=1) as cluster:
+        yield cluster
 
 
 class Start(Protocol):

@@ -1,6 +1,7 @@
 """Redis goes away and comes back, while processes have members: nothing is forgotten, and nothing is kept quiet."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.layers.redis.conftest import (
     receive,
     received,
 )
+from tests.layers.redis.load import Load
 
 MESSAGE = {"type": "x"}
 
@@ -173,6 +175,37 @@ async def test_a_short_pause_is_no_outage(start: Start, client: "Redis", caplog:
     assert logged(caplog) == []
 
 
+async def test_a_process_that_is_busy_itself(start: Start, server: RedisServer) -> None:
+    """A process whose event loop was blocked for longer than the timeout finds what Redis answered meanwhile."""
+    one, two = await start(timeout=TIMEOUT), await start(timeout=TIMEOUT)
+    channel = await member(two, "room")
+    for number in range(3):
+        sending = asyncio.create_task(one.group_send("room", {"type": "x", "number": number}))
+        await asyncio.sleep(0.2 * number)  # with and without a PING under way
+        time.sleep(3 * TIMEOUT)  # noqa: ASYNC251
+        await sending
+    await one.group_send("room", MARKER)
+    assert await received(two, channel) == [0, 1, 2]
+    assert one.counters == two.counters == Counters()
+
+
+async def test_a_process_that_reads_too_slowly(start: Start, server: RedisServer, client: "Redis") -> None:
+    """A process that Redis cuts off, since it doesn't read for too long, counts that, and hears again."""
+    one, two = await start(), await start()
+    channel = await member(two, "room")
+    limits = "client-output-buffer-limit"
+    usual = (await client.config_get(limits))[limits]
+    await client.config_set(limits, "pubsub 1mb 0 0")
+    for _ in range(30):  # the event loop reads nothing while these block it
+        ask(server, "PUBLISH", "fc:0:{room}", "x" * 1_000_000)
+    await client.config_set(limits, str(usual))
+    await become(lambda: two.counters.gaps == 1, "the gap is counted")
+    await healthy(one, two)
+    await one.group_send("room", MARKER)
+    assert await received(two, channel) == []
+    assert one.counters == Counters()
+
+
 @pytest.mark.parametrize("kind", ["cut off", "behind it"])
 async def test_a_half_open_subscriber(start: Start, server: RedisServer, kind: str) -> None:
     """A subscriber that hears nothing any more though its connection stays open is found out, and heals."""
@@ -232,6 +265,25 @@ async def test_sending_to_a_frozen_server(start: Start, server: RedisServer) -> 
     await healthy(layer)
     await layer.group_send("room", MARKER)
     assert await received(layer, channel) in ([], [{"type": "maybe"}])
+
+
+async def test_too_much_to_send(start: Start, server: RedisServer) -> None:
+    """What waits for a server that reads nothing is bounded: what is more is refused at once, and was not sent."""
+    one, two = await start(timeout=SOON), await start(timeout=SOON)
+    channel = await member(two, "room")
+    text = "x" * 1_000_000
+    server.pause()
+    sends = [asyncio.create_task(one.group_send("room", message)) for message in numbered(range(120), text=text)]
+    await become(lambda: any(send.done() for send in sends), "some are refused")
+    for send in sends:
+        if send.done():
+            await fails(send, maybe_sent=False)
+    server.resume()
+    results = await asyncio.gather(*sends, return_exceptions=True)
+    await one.group_send("room", MARKER)
+    sent = [number for number, result in enumerate(results) if not isinstance(result, LayerUnavailable)]
+    assert len(sent) > 50
+    assert await received(two, channel) == sent
 
 
 async def test_killed_in_the_middle_of_it(start: Start, server: RedisServer) -> None:
@@ -460,53 +512,9 @@ async def test_a_message_asked_of_a_frozen_server(start: Start, server: RedisSer
 
 
 @pytest.fixture
-async def load(start: Start, server: RedisServer) -> AsyncIterator["Load"]:
-    load = Load(await start(timeout=TIMEOUT), await start(timeout=TIMEOUT))
-    channel = await member(load.reader, "room")
-    async with asyncio.TaskGroup() as group:
-        group.create_task(load.write())
-        group.create_task(load.read(channel))
+async def load(start: Start, server: RedisServer) -> AsyncIterator[Load]:
+    async with Load(await start(timeout=TIMEOUT), await start(timeout=TIMEOUT), "room") as load:
         yield load
-        load.is_over = True
-
-
-class Load:
-    """One process writes numbers as fast as it can, several at once, and another one reads them."""
-
-    def __init__(self, writer: RedisLayer, reader: RedisLayer) -> None:
-        self.writer = writer
-        self.reader = reader
-        self.is_over = False
-        self.acknowledged: list[int] = []
-        self.never_sent: list[int] = []
-        self.arrived: list[int] = []
-
-    async def write(self) -> None:
-        number = 0
-        while not self.is_over:
-            await asyncio.gather(*(self._send(number + more) for more in range(10)))
-            number += 10
-            await asyncio.sleep(0.001)
-        await self.writer.group_send("room", MARKER)
-
-    async def _send(self, number: int) -> None:
-        try:
-            await self.writer.group_send("room", {"type": "x", "number": number})
-        except LayerUnavailable as error:
-            if not error.maybe_sent:
-                self.never_sent.append(number)
-        else:
-            self.acknowledged.append(number)
-
-    async def read(self, channel: str) -> None:
-        while (message := await receive(self.reader, channel)) != MARKER:
-            self.arrived.append(message["number"])
-
-    async def more(self) -> list[int]:
-        """What was acknowledged so far; by now all of it has left the server."""
-        so_far = list(self.acknowledged)
-        await become(lambda: len(self.acknowledged) >= len(so_far) + 100, "more is acknowledged")
-        return so_far
 
 
 async def cut_both(client: "Redis") -> None:
@@ -527,9 +535,7 @@ async def test_under_load(load: Load, server: RedisServer, client: "Redis", way:
     await become(lambda: load.reader.counters.gaps > 0, "the gap is counted")
     await healthy(load.reader, load.writer)
     begin = len(load.acknowledged)
-    await load.more()
-    load.is_over = True
-    await become(lambda: load.arrived[-1] >= load.acknowledged[-1], "the last one arrives")
+    await load.end()
     arrived = set(load.arrived)
     assert load.arrived == sorted(arrived)
     assert set(before) <= arrived

@@ -159,6 +159,17 @@ async def test_order_with_a_group(start: Start) -> None:
     assert (await receive(two, "jobs"))["number"] == 1
 
 
+async def test_flushing_while_readers_wait(start: Start) -> None:
+    """Who waits for a message of a queue goes on waiting when all is flushed."""
+    one, two = await start(), await start()
+    reading = asyncio.create_task(receive(two, "jobs"))
+    await member(two, "room")
+    for layer in (one, two):
+        await layer.flush()
+    await one.send("jobs", MESSAGE)
+    assert await reading == MESSAGE
+
+
 # Readers that go away
 
 
