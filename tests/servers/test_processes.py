@@ -115,9 +115,7 @@ Start = Callable[..., Awaitable[Server]]
 
 @pytest.fixture
 async def start(tmp_path: Path, redis: RedisServer) -> AsyncIterator[Start]:
-    """Start a server with an application, by default on the test's Redis; it is ended with the test, before Redis, and
-    must have had no trouble.
-    """
+    """Start a server, by default on the test's Redis; it ends before that, and must have had nothing to complain of."""
     servers: list[Server] = []
 
     async def start(
@@ -306,7 +304,7 @@ async def test_two_servers(start: Start, join: Join, redis: RedisServer) -> None
     assert [await clients[2].heard(), await clients[5].heard()] == ["in the garden"] * 2
 
 
-async def test_one_client_of_another_server(start: Start, join: Join, redis: RedisServer) -> None:
+async def test_one_client_of_another_server(start: Start, join: Join) -> None:
     """A message to a channel's name reaches that client, whichever server it is on."""
     one, two = await start(), await start()
     there, beside = await join(two), await join(two)
@@ -318,7 +316,7 @@ async def test_one_client_of_another_server(start: Start, join: Join, redis: Red
     assert await beside.heard_until("all") == ["all"]
 
 
-async def test_order(start: Start, join: Join, redis: RedisServer) -> None:
+async def test_order(start: Start, join: Join) -> None:
     """What one client says arrives in that order everywhere, and with two that speak, everywhere in the same."""
     one, two = await start(), await start()
     speakers = [await join(one), await join(two)]
@@ -337,7 +335,7 @@ async def test_order(start: Start, join: Join, redis: RedisServer) -> None:
         assert [text for text in heard[0] if text.startswith(f"{number} ")] == [f"{number} {n}" for n in range(100)]
 
 
-async def test_kicks(start: Start, join: Join, redis: RedisServer) -> None:
+async def test_kicks(start: Start, join: Join) -> None:
     """`websocket.close` closes every connection of a user, on whichever server, with code and reason, and no other."""
     one, two = await start(), await start()
     kicked = [await join(server, name="mallory") for server in (one, two, two)]
@@ -349,7 +347,7 @@ async def test_kicks(start: Start, join: Join, redis: RedisServer) -> None:
     assert await stays.heard() == "still here"
 
 
-async def test_a_server_that_ends(start: Start, join: Join, redis: RedisServer) -> None:
+async def test_a_server_that_ends(start: Start, join: Join) -> None:
     """A server that is stopped, or killed, takes its own clients with it and disturbs nobody else's."""
     one, two, three = await start(), await start(), await start()
     stays, goes, dies = [await join(server) for server in (one, two, three)]
@@ -381,7 +379,7 @@ async def test_workers_of_uvicorn(start: Start, join: Join, redis: RedisServer) 
     assert layer_connections(redis) == 4
 
 
-async def test_a_worker_that_is_killed(start: Start, join: Join, redis: RedisServer) -> None:
+async def test_a_worker_that_is_killed(start: Start, join: Join) -> None:
     """When a worker is killed the other's clients hear on, and the one in its place has a name of its own."""
     server = await start(workers=2)
     clients = await spread(server, join, 2, among=4)
@@ -460,6 +458,24 @@ async def _refused(server: Server, join: Join, **where: str) -> None:
     _is_told_to_come_back(response.headers, response.body.decode())
 
 
+async def _told_by_server(server: Server, join: Join) -> None:
+    """What a server without Redis says to who comes."""
+    await _unavailable(server)
+    await _unavailable(server, "/rooms/lobby/announce-plainly")
+    await _refused(server, join, room="new")
+    assert (await health(server))["ok"] is False
+
+
+async def _told_by_client(client: Client, room: str) -> None:
+    """What a client that is there hears without Redis: of what needs it, that it is away; all else goes on."""
+    await client.where()
+    for action, data in (("say", {"text": "who knows"}), ("join", room)):
+        reply = await client.ask(action, data)
+        assert (reply["status"], reply["errors"]["code"]) == ("bad", "unavailable")
+        assert reply["errors"]["retry_after"] > 0
+    await client.where()
+
+
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 async def test_redis_goes_and_comes_back(start: Start, join: Join, redis: RedisServer, how: str) -> None:
     """An outage closes no connection; meanwhile who sends or joins is told to come back, and then all is as before."""
@@ -470,18 +486,8 @@ async def test_redis_goes_and_comes_back(start: Start, join: Join, redis: RedisS
             redis.kill()
         else:
             redis.pause()
-        for server in servers:
-            await _unavailable(server)
-            await _unavailable(server, "/rooms/lobby/announce-plainly")
-            await _refused(server, join, room="new")
-            assert (await health(server))["ok"] is False
-        for client in clients:
-            await client.where()  # what needs no layer goes on
-            reply = await client.ask("say", {"text": "who knows"})
-            assert (reply["status"], reply["errors"]["code"]) == ("bad", "unavailable")
-            assert reply["errors"]["retry_after"] > 0
-            reply = await client.ask("join", f"new {round}")
-            assert (reply["status"], reply["errors"]["code"]) == ("bad", "unavailable")
+        await asyncio.gather(*(_told_by_server(server, join) for server in servers))
+        await asyncio.gather(*(_told_by_client(client, f"new {round}") for client in clients))
         if how == "killed":
             redis.restart()
         else:

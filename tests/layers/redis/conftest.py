@@ -12,7 +12,8 @@ from redis.asyncio.client import PubSub
 
 from fastapi_channels.layers import ChannelLayer
 from fastapi_channels.layers.redis import RedisLayer
-from tests.brokers import Cluster, Sentinels
+from fastapi_channels.testing import RedisServer
+from tests.brokers import Cluster, Sentinels, ask
 
 #: Within how many seconds whatever a test waits for comes.
 SOON = 15.0
@@ -65,6 +66,21 @@ async def client(redis_url: str) -> "AsyncIterator[Redis]":
     )
     async with client:
         yield client
+
+
+@pytest.fixture
+def configure(redis_server: RedisServer, redis_url: str) -> Iterator[Callable[[str, str], None]]:
+    """Set an option of the test's server for the time of the test."""
+    usual: dict[str, str] = {}
+
+    def configure(option: str, value: str) -> None:
+        usual.setdefault(option, ask(redis_server, "CONFIG", "GET", option)[1])
+        ask(redis_server, "CONFIG", "SET", option, value)
+
+    yield configure
+    redis_server.resume()
+    for option, value in usual.items():
+        ask(redis_server, "CONFIG", "SET", option, value)
 
 
 def tasks_of_layers() -> list[asyncio.Task[Any]]:

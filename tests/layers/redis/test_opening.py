@@ -74,7 +74,7 @@ async def test_a_server_that_is_frozen(redis_server: RedisServer, redis_url: str
 async def test_a_host_that_there_is_not(start: Start) -> None:
     """Opening fails when nobody knows the host, and says which."""
     async with asyncio.timeout(SOON):
-        with pytest.raises(LayerUnavailable, match="nowhere.invalid"):
+        with pytest.raises(LayerUnavailable, match=r"nowhere\.invalid"):
             await start("redis://nowhere.invalid", timeout=TIMEOUT)
 
 

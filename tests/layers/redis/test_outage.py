@@ -36,6 +36,9 @@ MESSAGE = {"type": "x"}
 #: How long Redis may take in these tests.
 TIMEOUT = 0.5
 
+#: How much a client may leave unread before the server drops it.
+LIMITS = "client-output-buffer-limit"
+
 
 @pytest.fixture
 async def server(redis_server: RedisServer, redis_url: str) -> RedisServer:
@@ -189,16 +192,15 @@ async def test_a_process_that_is_busy_itself(start: Start, server: RedisServer) 
     assert one.counters == two.counters == Counters()
 
 
-async def test_a_process_that_reads_too_slowly(start: Start, server: RedisServer, client: "Redis") -> None:
+async def test_a_process_that_reads_too_slowly(
+    start: Start, server: RedisServer, configure: Callable[[str, str], None]
+) -> None:
     """A process that Redis cuts off, since it doesn't read for too long, counts that, and hears again."""
     one, two = await start(), await start()
     channel = await member(two, "room")
-    limits = "client-output-buffer-limit"
-    usual = (await client.config_get(limits))[limits]
-    await client.config_set(limits, "pubsub 1mb 0 0")
+    configure(LIMITS, "pubsub 1mb 0 0")
     for _ in range(30):  # the event loop reads nothing while these block it
         ask(server, "PUBLISH", "fc:0:{room}", "x" * 1_000_000)
-    await client.config_set(limits, str(usual))
     await become(lambda: two.counters.gaps == 1, "the gap is counted")
     await healthy(one, two)
     await one.group_send("room", MARKER)
@@ -267,11 +269,12 @@ async def test_sending_to_a_frozen_server(start: Start, server: RedisServer) -> 
     assert await received(layer, channel) in ([], [{"type": "maybe"}])
 
 
-async def test_too_much_to_send(start: Start, server: RedisServer) -> None:
+async def test_too_much_to_send(start: Start, server: RedisServer, configure: Callable[[str, str], None]) -> None:
     """What waits for a server that reads nothing is bounded: what is more is refused at once, and was not sent."""
     one, two = await start(timeout=SOON), await start(timeout=SOON)
     channel = await member(two, "room")
     text = "x" * 1_000_000
+    configure(LIMITS, "pubsub 0 0 0")
     server.pause()
     sends = [asyncio.create_task(one.group_send("room", message)) for message in numbered(range(120), text=text)]
     await become(lambda: any(send.done() for send in sends), "some are refused")
