@@ -237,14 +237,12 @@ def _making_layers(url: LayerSpec | None, settings: str | ModuleType | None, ali
     if url is not None and settings is not None:
         raise TypeError("a Publisher takes a URL or settings, not both")
     loaded = ChannelsSettings.load(settings)
-    if url is None:
-        if alias not in loaded.channel_layers:
-            known = ", ".join(sorted(loaded.channel_layers))
-            raise SettingsError(f"there is no channel layer {alias!r} in CHANNEL_LAYERS, only: {known}")
-        url = loaded.channel_layers[alias]
-    if isinstance(url, ChannelLayer):
+    if url is None and alias not in loaded.channel_layers:
+        known = ", ".join(sorted(loaded.channel_layers))
+        raise SettingsError(f"there is no channel layer {alias!r} in CHANNEL_LAYERS, only: {known}")
+    spec: LayerSpec = loaded.channel_layers[alias] if url is None else url
+    if isinstance(spec, ChannelLayer):
         raise SettingsError("a Publisher makes a layer of its own; name it by a URL, or by BACKEND and CONFIG")
-    spec = url
 
     def make() -> ChannelLayer:
         layer = make_layer(spec, capacity=loaded.capacity, expiry=loaded.expiry)

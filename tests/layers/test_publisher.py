@@ -386,6 +386,23 @@ async def test_the_first_send_is_cancelled(redis_url: str) -> None:
             await publisher.close()
 
 
+async def test_a_send_that_is_given_up(server: RedisServer) -> None:
+    """A send that waits for the connection of another one can be given up at any time, and disturbs nobody."""
+    async with closing_late(AsyncPublisher(redis_layer(server.url, timeout=DEADLINE))) as publisher:
+        server.pause()
+        first = asyncio.create_task(publisher.group_send("news", said(1)))
+        given_up = [asyncio.create_task(publisher.group_send("news", said(2))) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        for task in given_up:
+            task.cancel()
+        async with asyncio.timeout(DEADLINE / 2):
+            await asyncio.wait(given_up)
+        assert all(task.cancelled() for task in given_up)
+        last = asyncio.create_task(publisher.group_send("news", said(3)))
+        server.resume()
+        assert (await first, await last) == (Receipt(), Receipt())
+
+
 async def test_many_threads(redis_url: str) -> None:
     """Any number of threads share a Publisher, from the first send on; the messages of each keep their order."""
     sender = Publisher(redis_url)
@@ -575,6 +592,29 @@ async def test_several_servers(kind: Any, brokers: Any) -> None:
             async with asyncio.timeout(DEADLINE):
                 heard = [(await layer.receive(channel))["n"] for _ in groups]
             assert sorted(heard) == sorted(groups)
+
+
+async def test_one_that_is_forgotten(server: RedisServer) -> None:
+    """A Publisher that nobody has any more ends its thread and its connection by itself."""
+    for number in range(3):
+        assert Publisher(server.url).group_send("news", said(number)) == Receipt()
+    gc.collect()
+    await until(lambda: not threads() and not connections(server), DEADLINE)
+
+
+def test_nothing_is_left_of_each_use(redis_url: str) -> None:
+    """A Publisher for life that is entered for each job does not grow with their number."""
+
+    def loops() -> int:
+        gc.collect()
+        return sum(isinstance(thing, asyncio.AbstractEventLoop) for thing in gc.get_objects())
+
+    publisher = Publisher(redis_url)
+    before = loops()
+    for number in range(10):
+        with publisher:
+            publisher.group_send("news", said(number))
+    assert loops() <= before + 1
 
 
 # The server goes away
@@ -1111,7 +1151,12 @@ async def test_capacity_and_expiry_of_the_settings(kind: Any, server: RedisServe
 
 @pytest.mark.parametrize(
     "entry",
-    ["memory://", {"BACKEND": "fastapi_channels.layers.MemoryLayer"}, {"BACKEND": f"{__name__}.OwnMemoryLayer"}],
+    [
+        "memory://",
+        "broadcaster+memory://",
+        {"BACKEND": "fastapi_channels.layers.MemoryLayer"},
+        {"BACKEND": f"{__name__}.OwnMemoryLayer"},
+    ],
     ids=str,
 )
 def test_a_layer_that_reaches_nobody(kind: Any, settings: Any, entry: Any) -> None:

@@ -297,10 +297,10 @@ async def test_two_servers(start: Start, join: Join, redis: RedisServer) -> None
         "by a script",
         "by a worker",
     ]
-    for number in (0, 2, 3):
-        client = clients[number] if number != 2 else clients[4]
-        assert sorted(await client.heard_until("by a worker")) == sorted(heard)
-    assert "by an event that is forwarded" not in await clients[1].heard_until("by a worker")
+    for number in (0, 3, 4):
+        assert await clients[number].heard_until("by a worker") == heard
+    heard.remove("by an event that is forwarded")
+    assert await clients[1].heard_until("by a worker") == heard
     assert [await clients[2].heard(), await clients[5].heard()] == ["in the garden"] * 2
 
 
@@ -479,7 +479,7 @@ async def _told_by_client(client: Client, room: str) -> None:
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 async def test_redis_goes_and_comes_back(start: Start, join: Join, redis: RedisServer, how: str) -> None:
     """An outage closes no connection; meanwhile who sends or joins is told to come back, and then all is as before."""
-    servers = [await start(timeout=0.5) for _ in range(2)]
+    servers = [await start(timeout=1.0) for _ in range(2)]
     clients = [await join(server) for server in servers for _ in range(2)]
     for round in range(2):
         if how == "killed":
@@ -507,7 +507,7 @@ async def test_redis_goes_and_comes_back(start: Start, join: Join, redis: RedisS
             assert ("to whom joined" in heard) is (client is clients[-1])
         assert await new.heard() == "to whom joined"
     for server in servers:
-        assert server.log.count("connection lost") == server.log.count("connected again after") == 2
+        assert server.log.count("connection lost") == server.log.count("connected again after") >= 2
     assert layer_connections(redis) == 4
 
 

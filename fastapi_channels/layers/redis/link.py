@@ -246,7 +246,8 @@ class Link(ABC):
                     await connection.send_command("PING", check_health=False)
                     await connection.read_response()
                     await connection.send_command("TIME", check_health=False)
-                    seconds, microseconds = await connection.read_response()
+                    now: Any = await connection.read_response()
+                    seconds, microseconds = now
                     self.set_clock(int(seconds) + int(microseconds) / 1e6)
             except Exception as error:  # whatever it is, it is tried again
                 self.error = error
