@@ -859,6 +859,24 @@ async def test_wrong_credentials(postgres: PostgresBroker) -> None:
             assert "wrong" not in str(told.value)
 
 
+async def test_rights_that_are_missing(start: Start, redis_url: str) -> None:
+    """A group that Redis lets nobody hear is refused with what Redis says, and all else goes on."""
+    async with Redis.from_url(redis_url) as admin:
+        rights = ["reset", "on", ">secret", "+@all", "&fc.node.*", "&fc.probe.*"]
+        await admin.execute_command("ACL", "SETUSER", "chat", *rights)
+        layer = await start(redis_url.replace("redis://", "redis://chat:secret@"))
+        channel = await layer.new_channel()
+        for call in (layer.group_add("room", channel), layer.group_send("room", MESSAGE)):
+            with pytest.raises(LayerUnavailable, match="(?i)no permissions"):
+                await call
+        await admin.execute_command("ACL", "SETUSER", "chat", "&fc.*")
+        await layer.group_add("room", channel)
+        await layer.group_send("room", MESSAGE)
+        assert await receive(layer, channel) == MESSAGE
+        assert layer.counters.gaps == 0
+        await admin.execute_command("ACL", "DELUSER", "chat")
+
+
 async def test_time_flies(start: Start, forward: Forward) -> None:
     """A process that stood still for long has not lost its broker."""
     layer = await start("memory://")

@@ -266,7 +266,7 @@ async def test_a_server_that_is_loading(start: Start) -> None:
     with redis7(*slow) as server:
         one, two = await start(server.url, timeout=TIMEOUT), await start(server.url, timeout=TIMEOUT)
         channel = await member(two, "room")
-        ask(server, "EVAL", "for i = 1, 1500 do redis.call('SET', i, string.rep('x', 100)) end", 0)
+        ask(server, "EVAL", "for i = 1, 1000 do redis.call('SET', i, string.rep('x', 100)) end", 0)
         ask(server, "SAVE")
         server.kill()
         await lost(one, two)

@@ -29,13 +29,18 @@ TIMEOUT = 1.0
 ADDRESS = "fc:0:{room}"
 
 
-@pytest.fixture
-def whole(sentinels: Sentinels) -> Iterator[Sentinels]:
-    """The Sentinels, a primary with nothing in it, and its replica."""
-    sentinels.heal()
-    sentinels.primary().flush()
+@pytest.fixture(scope="module")
+def shared(sentinels: Sentinels) -> Iterator[Sentinels]:
     yield sentinels
     sentinels.heal()
+
+
+@pytest.fixture
+def whole(shared: Sentinels) -> Sentinels:
+    """The Sentinels, a primary with nothing in it, and its replica, whatever the test before has done to them."""
+    shared.heal()
+    shared.primary().flush()
+    return shared
 
 
 async def settled(server: RedisServer, *layers: RedisLayer, subscribers: int) -> None:
@@ -118,7 +123,7 @@ async def test_sentinels_that_are_gone(start: Start, whole: Sentinels) -> None:
         sentinel.kill()
     async with asyncio.timeout(SOON):
         with pytest.raises(LayerUnavailable) as caught:
-            await start(whole.url, timeout=TIMEOUT)
+            await start(whole.url, timeout=0.2)
     assert len(str(caught.value)) < 500
     await layer.group_send("room", MARKER)
     assert await received(layer, channel) == []
@@ -137,7 +142,7 @@ async def test_starting_without_sentinels(start: Start, whole: Sentinels) -> Non
     """A layer that was opened while there were no Sentinels heals when they come."""
     for sentinel in whole.sentinels:
         sentinel.kill()
-    layer = await start(whole.url, timeout=TIMEOUT, start="degraded")
+    layer = await start(whole.url, timeout=0.5, start="degraded")
     with pytest.raises(LayerUnavailable):
         await layer.group_send("room", MESSAGE)
     await asyncio.to_thread(whole.heal)
