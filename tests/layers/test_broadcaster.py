@@ -21,7 +21,7 @@ from fastapi_channels.layers.broadcaster import BroadcasterLayer, parts, source
 from fastapi_channels.layers.publisher import AsyncPublisher
 from fastapi_channels.testing import LayerContract, RedisServer
 from fastapi_channels.testing.server import free_port
-from tests.brokers import Postgres, redis7, tls_server
+from tests.brokers import Postgres, ask, redis7, tls_server
 from tests.layers.conftest import Forward
 
 MESSAGE = {"type": "x"}
@@ -859,22 +859,22 @@ async def test_wrong_credentials(postgres: PostgresBroker) -> None:
             assert "wrong" not in str(told.value)
 
 
-async def test_rights_that_are_missing(start: Start, redis_url: str) -> None:
+async def test_rights_that_are_missing(start: Start, redis_url: str, redis_server: RedisServer) -> None:
     """A group that Redis lets nobody hear is refused with what Redis says, and all else goes on."""
-    async with Redis.from_url(redis_url) as admin:
-        rights = ["reset", "on", ">secret", "+@all", "&fc.node.*", "&fc.probe.*"]
-        await admin.execute_command("ACL", "SETUSER", "chat", *rights)
-        layer = await start(redis_url.replace("redis://", "redis://chat:secret@"))
-        channel = await layer.new_channel()
-        for call in (layer.group_add("room", channel), layer.group_send("room", MESSAGE)):
-            with pytest.raises(LayerUnavailable, match="(?i)no permissions"):
-                await call
-        await admin.execute_command("ACL", "SETUSER", "chat", "&fc.*")
-        await layer.group_add("room", channel)
-        await layer.group_send("room", MESSAGE)
-        assert await receive(layer, channel) == MESSAGE
-        assert layer.counters.gaps == 0
-        await admin.execute_command("ACL", "DELUSER", "chat")
+    rights = ["reset", "on", ">secret", "+@all", "&fc.node.*", "&fc.probe.*"]
+    ask(redis_server, "ACL", "SETUSER", "chat", *rights)
+    layer = await start(redis_url.replace("redis://", "redis://chat:secret@"))
+    channel = await layer.new_channel()
+    for call in (layer.group_add("room", channel), layer.group_send("room", MESSAGE)):
+        with pytest.raises(LayerUnavailable, match="(?i)no permissions"):
+            await call
+    ask(redis_server, "ACL", "SETUSER", "chat", "&fc.*")
+    await layer.group_add("room", channel)
+    await layer.group_send("room", MESSAGE)
+    assert await receive(layer, channel) == MESSAGE
+    assert layer.counters.gaps == 0
+    await layer.close()
+    ask(redis_server, "ACL", "DELUSER", "chat")
 
 
 async def test_time_flies(start: Start, forward: Forward) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from abc import ABC, abstractmethod
@@ -47,6 +48,9 @@ WAITING_BYTES = 64 * 1024 * 1024
 #: How long to wait before the connection is tried again: at most this, twice as much after each try, in seconds.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
+
+#: By how many seconds a timer is so late that the event loop must have been blocked.
+LATE = 0.1
 
 #: How many seconds a connection has to be closed properly.
 GOODBYE = 1.0
@@ -369,11 +373,15 @@ class Link(ABC):
             if self._deadline.when() <= request.expires:
                 return
             self._deadline.cancel()
-        self._deadline = self._loop.call_at(request.expires, self._look_at_the_clock)
+        self._deadline = self._loop.call_at(request.expires, self._look_at_the_clock, request.expires)
 
-    def _look_at_the_clock(self) -> None:
+    def _look_at_the_clock(self, due: float) -> None:
         self._deadline = None
         now = self._loop.time()
+        if now - due > LATE:
+            # This process itself stood still: first it reads what has been answered meanwhile.
+            self._deadline = self._loop.call_later(LATE / 2, self._look_at_the_clock, math.inf)
+            return
         is_overdue = False
         for request in self._written:
             if request.expires > now:

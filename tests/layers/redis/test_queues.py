@@ -325,7 +325,15 @@ async def test_an_expired_strange_element(start: Start, client: "Redis") -> None
     assert one.counters == Counters(expired=1)
 
 
-async def test_a_key_of_another_type(start: Start, client: "Redis", caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers that could not read try it again soon."""
+    monkeypatch.setattr("fastapi_channels.layers.redis.queue.RETRY", 0.02)
+
+
+async def test_a_key_of_another_type(
+    start: Start, client: "Redis", soon: None, caplog: pytest.LogCaptureFixture
+) -> None:
     """While somebody else's key is in its place the queue takes nothing; readers wait, and are told when it works."""
     one, two = await start(), await start()
     await client.set(KEY, "hello")
@@ -340,7 +348,7 @@ async def test_a_key_of_another_type(start: Start, client: "Redis", caplog: pyte
     assert await reading == MESSAGE
 
 
-async def test_a_reader_waits_until_the_key_is_right(start: Start, client: "Redis") -> None:
+async def test_a_reader_waits_until_the_key_is_right(start: Start, client: "Redis", soon: None) -> None:
     """A reader that could not read looks again by itself, also when nobody tells of what is there now."""
     one, two = await start(), await start()
     await one.send("jobs", MESSAGE)
