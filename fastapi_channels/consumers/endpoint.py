@@ -7,6 +7,7 @@ the other dependencies, the parameters or `connect` raise passes through it, and
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from fastapi_channels import _fastapi
+from fastapi_channels._tasks import Crew
 from fastapi_channels.application import Channels
 from fastapi_channels.connection import Connection, Limits
 from fastapi_channels.consumers.base import WebSocketConsumer
@@ -104,20 +106,30 @@ def _session_dependency(consumer: type[WebSocketConsumer]) -> Callable[[WebSocke
     async def session(websocket: WebSocket) -> Session:
         channels = Channels.of(websocket.scope)
         layer = channels.layer(consumer.channel_layer_alias)
-        if not layer.is_open:
-            await channels.open()
+        failure = None if layer.is_open else await _failure_of(channels.open)
         if channels not in limits:
             limits[channels] = _limits(consumer, channels)
         await websocket.receive()  # websocket.connect
         instance = consumer()
-        connection = Connection(websocket, limits[channels], layer.crew, layer.counters)
+        crew = layer.crew if layer.is_open else Crew(asyncio.get_running_loop())
+        connection = Connection(websocket, limits[channels], crew, layer.counters)
         instance._connection = connection
         instance._session = Session(instance, connection, layer, channels)
         instance.layer = layer
         _fastapi.on_exit(websocket, instance._session.leave)
+        if failure is not None:
+            raise failure  # here, where it is answered like what `connect` raises
         return instance._session
 
     return session
+
+
+async def _failure_of(call: Callable[[], Awaitable[None]]) -> Exception | None:
+    try:
+        await call()
+    except Exception as error:
+        return error
+    return None
 
 
 def _limits(consumer: type[WebSocketConsumer], channels: Channels) -> Limits:
@@ -145,12 +157,12 @@ class ConsumerApp:
         self._routes: dict[tuple[Any, frozenset[str]], APIWebSocketRoute] = {}
         self._route(None, frozenset())  # what is wrong with the class is wrong now, and not at a connection
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "websocket":
             raise RuntimeError(f"{self.consumer.__qualname__} serves WebSockets, not {scope['type']!r}")
         route = self._route(scope.get("app"), frozenset(scope.get("path_params", {})))
-        return route.handle(scope, receive, send)
+        await route.handle(scope, receive, send)
 
     def _route(self, outer: Any, path_params: frozenset[str]) -> APIWebSocketRoute:
         key = outer, path_params

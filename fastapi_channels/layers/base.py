@@ -117,6 +117,8 @@ class ChannelLayer(ABC):
         self.observers: list[Observer] = []
         #: Whether it hears what other processes send; a Publisher's doesn't. Only to be changed before it is opened.
         self.listens = True
+        #: Whether there are other processes that could hear what it sends.
+        self.reaches_others = True
         self._node = ""
         self._next_channel = 0
         self._sweep_at = SWEEP

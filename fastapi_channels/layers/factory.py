@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from pydantic import ImportString, TypeAdapter, ValidationError
@@ -80,6 +81,10 @@ def backend(name: str) -> type[ChannelLayer]:
         raise ImportError(f"{name} needs {error.name}: pip install 'fastapi-channels[{extra}]'") from error
 
 
+#: Those of ours by their dotted path; pydantic would not tell of the package that is missing.
+OURS = {f"fastapi_channels.layers.{name}": partial(backend, name) for name in BACKENDS}
+
+
 def _from_url(url: str, config: Mapping[str, Any]) -> ChannelLayer:
     scheme = url.partition("://")[0] if "://" in url else ""
     if scheme == "memory":
@@ -105,7 +110,9 @@ def _from_backend(spec: Mapping[str, Any], config: Mapping[str, Any]) -> Channel
         raise SettingsError(f"a layer has BACKEND and CONFIG, not {', '.join(sorted(map(str, unknown)))}")
     path = spec.get("BACKEND")
     try:
-        layer = _dotted_path.validate_python(path)
+        layer = OURS[path]() if isinstance(path, str) and path in OURS else _dotted_path.validate_python(path)
+    except ImportError as error:
+        raise SettingsError(f"BACKEND: {error}") from error
     except ValidationError as error:
         if not (isinstance(path, str) and all(map(str.isidentifier, path.split(".")))):
             raise SettingsError("BACKEND is the dotted path of a ChannelLayer") from None

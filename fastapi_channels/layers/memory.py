@@ -20,6 +20,10 @@ class MemoryLayer(LocalLayer):
     are about to be called. A drop for lack of room in a handler's inbox is counted when its turn comes.
     """
 
+    def __init__(self, *, capacity: int = 1000, expiry: float = 60.0) -> None:
+        super().__init__(capacity=capacity, expiry=expiry)
+        self.reaches_others = False
+
     @override
     async def _publish(
         self, group: str, envelope: Envelope, exclude: Collection[str], idempotency_key: str | None

@@ -17,7 +17,6 @@ from fastapi_channels.exceptions import SettingsError
 from fastapi_channels.layers.base import ChannelLayer, Receipt
 from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import LayerSpec, make_layer
-from fastapi_channels.layers.memory import MemoryLayer
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.settings import ChannelsSettings
 
@@ -90,15 +89,21 @@ class AsyncPublisher:
         before, this = self._last, asyncio.get_running_loop().create_future()
         self._last = this
         try:
-            try:
-                await self._layer.open()
-            finally:
-                if before is not None:
-                    await asyncio.wait({before})
+            opened = await _outcome(self._layer.open())
+            if before is not None:
+                await asyncio.wait({before})
+            if opened is not None:
+                raise opened
         finally:
-            this.set_result(None)
-            if self._last is this:
-                self._last = None
+            if before is None or before.done():
+                self._gone_on(this)
+            else:  # given up while it waited; those behind it wait for those before it
+                before.add_done_callback(lambda _: self._gone_on(this))
+
+    def _gone_on(self, this: asyncio.Future[None]) -> None:
+        this.set_result(None)
+        if self._last is this:
+            self._last = None
 
 
 class Publisher:
@@ -122,6 +127,7 @@ class Publisher:
         self._make = _making_layers(url, settings, alias)
         self._make()  # what is wrong with it is said here
         self._worker: _Worker | None = None
+        self._forgotten: weakref.finalize[..., Publisher] | None = None
         self._changing = threading.Lock()
         _publishers.add(self)
 
@@ -154,6 +160,7 @@ class Publisher:
         """Disconnect and end the thread, once the sends of other threads are through; a later send begins anew."""
         with self._changing:
             worker, self._worker = self._worker, None
+            self._let_go()
         if worker is not None:
             worker.end()
 
@@ -162,7 +169,8 @@ class Publisher:
             if self._worker is None:
                 self._worker = _Worker(self._make)
                 # One that is forgotten doesn't leave its thread and connection behind.
-                weakref.finalize(self, self._worker.end_soon).atexit = False
+                self._forgotten = weakref.finalize(self, self._worker.end_soon)
+                self._forgotten.atexit = False
             worker = self._worker
             worker.begin_call()
         try:
@@ -170,10 +178,25 @@ class Publisher:
         finally:
             worker.end_call()
 
+    def _let_go(self) -> None:
+        if self._forgotten is not None:
+            self._forgotten.detach()
+            self._forgotten = None
+
     def _forget(self) -> None:
         """Leave the thread and the connections, which are the parent's, alone."""
+        self._let_go()
         self._worker = None
         self._changing = threading.Lock()
+
+
+async def _outcome(call: Coroutine[Any, Any, None]) -> Exception | None:
+    """What a call raises, if it does; not its cancellation, which goes on."""
+    try:
+        await call
+    except Exception as error:
+        return error
+    return None
 
 
 #: Those of this process, which a fork of it has to start anew.
@@ -246,7 +269,7 @@ def _making_layers(url: LayerSpec | None, settings: str | ModuleType | None, ali
 
     def make() -> ChannelLayer:
         layer = make_layer(spec, capacity=loaded.capacity, expiry=loaded.expiry)
-        if isinstance(layer, MemoryLayer):
+        if not layer.reaches_others:
             raise SettingsError("memory:// reaches no other process; a Publisher needs a broker, such as redis://")
         layer.listens = False
         return layer

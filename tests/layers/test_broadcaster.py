@@ -866,7 +866,7 @@ async def test_rights_that_are_missing(start: Start, redis_url: str, redis_serve
     layer = await start(redis_url.replace("redis://", "redis://chat:secret@"))
     channel = await layer.new_channel()
     for call in (layer.group_add("room", channel), layer.group_send("room", MESSAGE)):
-        with pytest.raises(LayerUnavailable, match="(?i)no permissions"):
+        with pytest.raises(LayerUnavailable, match=r"(?i)no permissions"):
             await call
     ask(redis_server, "ACL", "SETUSER", "chat", "&fc.*")
     await layer.group_add("room", channel)

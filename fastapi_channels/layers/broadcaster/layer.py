@@ -72,6 +72,7 @@ class BroadcasterLayer(LocalLayer):
         self.prefix = checked_name(prefix)
         self.timeout = timeout
         self._source = source_of(broadcast)
+        self.reaches_others = not (isinstance(broadcast, str) and broadcast.startswith("memory://"))
         self._base = prefix if _PLAIN_PREFIX.fullmatch(prefix) else _digest(prefix)[:20]
         self._wire = Wire()
         self._link: Link | None = None

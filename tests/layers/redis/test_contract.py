@@ -98,28 +98,20 @@ class TestDecodingClient(RedisContract):
 
 
 class TestUnixSocket(RedisContract):
+    """By a path instead of a port, and with a serializer."""
+
+    options = {"serializer": pickle}
+
     @pytest.fixture
     def source(self, redis: RedisServer, socket_path: Path) -> str:
         return f"unix://{socket_path}?db=4"
 
 
-class TestTls(RedisContract):
-    @pytest.fixture
-    def source(self, redis_with_tls: TlsServer) -> str:
-        return f"{redis_with_tls.url}?ssl_ca_certs={redis_with_tls.ca_path}"
-
-
 class TestEncrypted(RedisContract):
+    """By TLS, and encrypted besides."""
+
     options = {"encryption_keys": [Fernet.generate_key(), Fernet.generate_key()]}
 
     @pytest.fixture
-    def source(self, redis: RedisServer) -> str:
-        return redis.url
-
-
-class TestSerializer(RedisContract):
-    options = {"serializer": pickle}
-
-    @pytest.fixture
-    def source(self, redis: RedisServer) -> str:
-        return redis.url
+    def source(self, redis_with_tls: TlsServer) -> str:
+        return f"{redis_with_tls.url}?ssl_ca_certs={redis_with_tls.ca_path}"

@@ -8,7 +8,7 @@ import pytest
 
 from fastapi_channels.layers import Counters, LayerUnavailable
 from tests.brokers import TlsServer, tls_server
-from tests.layers.redis.conftest import MARKER, SOON, Start, healthy, lost, member, receive, received
+from tests.layers.redis.conftest import MARKER, SOON, Start, become, healthy, lost, member, receive, received
 
 MESSAGE = {"type": "x"}
 TIMEOUT = 0.5
@@ -93,4 +93,4 @@ async def test_closing_while_the_server_is_frozen(start: Start, server: TlsServe
         await lost(layer)
     async with asyncio.timeout(SOON):
         await layer.close()
-    assert not sockets(server.port)
+    await become(lambda: not sockets(server.port), "no connection is left")
