@@ -22,7 +22,7 @@ TESTS = [
     "tests/consumers/test_endpoint.py",
     "tests/consumers/test_events.py",
     "tests/consumers/test_json.py",
-    "tests/layers",
+    *(f"tests/layers/test_{name}.py" for name in ("base", "carrier", "envelope", "inbox", "memory", "names")),
     "tests/test_application.py",
     "tests/test_dependencies.py",
     "tests/test_routing.py",

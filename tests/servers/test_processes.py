@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import anyio
 import httpx
@@ -214,8 +215,10 @@ async def join() -> AsyncIterator[Join]:
     async with AsyncExitStack() as clients:
 
         async def join(server: Server, room: str = "lobby", path: str = "/ws/chat/{room}", **query: str) -> Client:
-            url = httpx.URL(f"ws://127.0.0.1:{server.port}{path.format(room=room)}", params=query or None)
-            return Client(await clients.enter_async_context(connect(str(url), open_timeout=DEADLINE)))
+            url = f"ws://127.0.0.1:{server.port}{path.format(room=quote(room))}"
+            if query:
+                url += f"?{urlencode(query)}"
+            return Client(await clients.enter_async_context(connect(url, open_timeout=DEADLINE)))
 
         yield join
 

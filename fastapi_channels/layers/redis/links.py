@@ -39,13 +39,14 @@ class Subscription:
         deliver: Called with what is published there.
         confirmed: Called each time a server has confirmed it, where what was missed can be caught up with; else None.
         first: Done with the first confirmation, or with the error that the server gave instead.
+        asking: The request for it that has no answer yet.
         link: The connection that hears it; None while nobody knows which server has it.
         is_confirmed: Whether the server has confirmed it.
         is_due: Whether all is not well while it isn't confirmed, whatever the reason.
         refusal: Why the server doesn't let us, so that asking again is of no use; else None.
     """
 
-    __slots__ = ("address", "confirmed", "deliver", "first", "is_confirmed", "is_due", "link", "refusal")
+    __slots__ = ("address", "asking", "confirmed", "deliver", "first", "is_confirmed", "is_due", "link", "refusal")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Subscription:
         self.deliver = deliver
         self.confirmed = confirmed
         self.first = first
+        self.asking: asyncio.Future[Any] | None = None
         self.link: SubscriberLink | None = None
         self.is_confirmed = False
         self.is_due = False
@@ -276,9 +278,11 @@ class Links:
     def _ask_for(self, subscription: Subscription) -> asyncio.Future[Any]:
         link = subscription.link
         assert link is not None
-        reply = link.ask(self._servers.subscribe, subscription.address)
+        reply = subscription.asking = link.ask(self._servers.subscribe, subscription.address)
 
         def answered(reply: asyncio.Future[Any]) -> None:
+            if subscription.asking is reply:
+                subscription.asking = None
             if self._subscriptions.get(subscription.address.encode()) is subscription and subscription.link is link:
                 self._answered(subscription, link, None if reply.cancelled() else reply.exception())
 
@@ -332,7 +336,8 @@ class Links:
         return [
             subscription
             for subscription in self._subscriptions.values()
-            if subscription.link is link and not (subscription.is_confirmed or subscription.refusal)
+            if subscription.link is link
+            and not (subscription.is_confirmed or subscription.refusal or subscription.asking)
         ]
 
     def _heard(self, address: bytes, data: bytes) -> None:

@@ -86,11 +86,12 @@ async def test_an_outage(start: Start, server: TlsServer, lose: str) -> None:
 
 @pytest.mark.parametrize("when", ["at once", "later"])
 async def test_closing_while_the_server_is_frozen(start: Start, server: TlsServer, when: str) -> None:
-    """A server that answers no goodbye doesn't hold up who closes, and no connection is left."""
+    """A server that answers no goodbye doesn't hold up who closes; no connection is left when it goes on."""
     layer = await start(url(server), timeout=TIMEOUT)
     server.pause()
     if when == "later":
         await lost(layer)
     async with asyncio.timeout(SOON):
         await layer.close()
+    server.resume()
     await become(lambda: not sockets(server.port), "no connection is left")
