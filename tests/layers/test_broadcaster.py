@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
@@ -875,6 +876,20 @@ async def test_rights_that_are_missing(start: Start, redis_url: str, redis_serve
     assert layer.counters.gaps == 0
     await layer.close()
     ask(redis_server, "ACL", "DELUSER", "chat")
+
+
+async def test_standing_still(start: Start, broker: Broker) -> None:
+    """A process that stood still while it waited for an answer takes it, late as it is."""
+    layer = await start(broker.url, timeout=TIMEOUT)
+    channel = await member(layer, "room")
+    for number in range(3):
+        sending = asyncio.create_task(layer.group_send("room", {"type": "x", "number": number}))
+        for _ in range(number + 1):
+            await asyncio.sleep(0)
+        time.sleep(TIMEOUT + 0.2)  # noqa: ASYNC251
+        await sending
+        assert (await receive(layer, channel))["number"] == number
+    assert layer.counters.gaps == 0
 
 
 async def test_time_flies(start: Start, forward: Forward) -> None:

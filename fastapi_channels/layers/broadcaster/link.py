@@ -15,8 +15,8 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +44,9 @@ LONGEST_PAUSE = 2.0
 #: How long to wait for the first probe before it is sent again, twice as much each time, in seconds.
 FIRST_ECHO = 0.05
 
+#: By how many seconds a timer is so late that this process itself must have stood still.
+LATE = 0.1
+
 #: The errors of the brokers' packages, of which any may be missing, that say that the credentials are wrong.
 WRONG_CREDENTIALS = {"AuthenticationError", "InvalidAuthorizationSpecificationError", "InvalidPasswordError"}
 
@@ -51,6 +54,24 @@ WRONG_CREDENTIALS = {"AuthenticationError", "InvalidAuthorizationSpecificationEr
 Deliver = Callable[[str, str], None]
 
 Call = Callable[[], Awaitable[Any]]
+
+
+@asynccontextmanager
+async def _time_limit(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` that gives a process which stood still a moment to see what has come meanwhile."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+    async with asyncio.timeout(None) as limit:
+
+        def is_up() -> None:
+            now = loop.time()
+            limit.reschedule(now + LATE / 2 if now - due > LATE else now)
+
+        timer = loop.call_at(due, is_up)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class Request:
@@ -174,7 +195,7 @@ class Link:
             SettingsError: The broker does not take the credentials.
         """
         try:
-            async with asyncio.timeout(self._timeout):
+            async with _time_limit(self._timeout):
                 while self._error is not None:
                     if type(self._error).__name__ in WRONG_CREDENTIALS:
                         told = self._told(self._error)
@@ -243,7 +264,7 @@ class Link:
         request = Request(calls, done)
         self._add(request)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with _time_limit(self._timeout):
                 await done
         except TimeoutError:
             if self._error is None and not request.is_begun:
@@ -478,7 +499,7 @@ class Link:
     async def _within(self, seconds: float, call: Awaitable[Any]) -> None:
         """Await what somebody else has written, which may hang, and be cancelled without us."""
         try:
-            async with asyncio.timeout(seconds):
+            async with _time_limit(seconds):
                 await call
         except asyncio.CancelledError as error:
             assert self._task is not None

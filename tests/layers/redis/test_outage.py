@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from fastapi_channels.layers import Counters, LayerUnavailable
 from fastapi_channels.layers.redis import RedisLayer
 from fastapi_channels.testing import RedisServer
-from tests.brokers import ask
+from tests.brokers import ask, redis7
 from tests.layers.redis.conftest import (
     MARKER,
     SOON,
@@ -192,20 +192,19 @@ async def test_a_process_that_is_busy_itself(start: Start, server: RedisServer) 
     assert one.counters == two.counters == Counters()
 
 
-async def test_a_process_that_reads_too_slowly(
-    start: Start, server: RedisServer, configure: Callable[[str, str], None]
-) -> None:
+async def test_a_process_that_reads_too_slowly(start: Start) -> None:
     """A process that Redis cuts off, since it doesn't read for too long, counts that, and hears again."""
-    one, two = await start(), await start()
-    channel = await member(two, "room")
-    configure(LIMITS, "pubsub 1mb 0 0")
-    for _ in range(30):  # the event loop reads nothing while these block it
-        ask(server, "PUBLISH", "fc:0:{room}", "x" * 1_000_000)
-    await become(lambda: two.counters.gaps == 1, "the gap is counted")
-    await healthy(one, two)
-    await one.group_send("room", MARKER)
-    assert await received(two, channel) == []
-    assert one.counters == Counters()
+    with redis7(f"--{LIMITS}", "pubsub", "1mb", "0", "0") as server:
+        one, two = await start(server.url), await start(server.url)
+        channel = await member(two, "room")
+        for _ in range(30):  # the event loop reads nothing while these block it
+            ask(server, "PUBLISH", "fc:0:{room}", "x" * 1_000_000)
+        await become(lambda: two.counters.gaps == 1, "the gap is counted")
+        await healthy(one, two)
+        await one.group_send("room", MARKER)
+        assert await received(two, channel) == []
+        assert one.counters == Counters()
+        await asyncio.gather(one.close(), two.close())
 
 
 @pytest.mark.parametrize("kind", ["cut off", "behind it"])
