@@ -5,11 +5,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.websockets import WebSocket
 
 from benchmarks.servers import measuring, message
 from fastapi_channels import Layer, add_channel
 from fastapi_channels.consumers import ActionConsumer, JsonConsumer, action, event
+from fastapi_channels.permissions import BasePermission
 from fastapi_channels.routing import ConsumerRouter, route
+from fastapi_channels.throttling import UserRateThrottle
 
 GROUP = "bench"
 
@@ -69,6 +72,21 @@ class EchoConsumer(ActionConsumer):
         return data
 
 
+class Member(BasePermission):
+    """Let everybody in, as one does who has to look."""
+
+    async def has_permission(self, websocket: WebSocket, action: str | None = None, **kwargs: Any) -> bool:
+        """Look at the scope."""
+        return websocket.scope.get("user") is None
+
+
+class GatedEchoConsumer(EchoConsumer):
+    """The same behind a permission, and a throttle that nobody reaches."""
+
+    permission_classes = [Member]
+    throttle_classes = [UserRateThrottle("1000000/second")]
+
+
 router = ConsumerRouter(
     [
         route("/ws/forward", ForwardConsumer),
@@ -76,6 +94,7 @@ router = ConsumerRouter(
         route("/ws/forward/{group}", ForwardOneConsumer),
         route("/ws/handler/{group}", HandlerOneConsumer),
         route("/ws/echo", EchoConsumer),
+        route("/ws/gated", GatedEchoConsumer),
     ]
 )
 app = FastAPI()

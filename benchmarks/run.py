@@ -75,6 +75,26 @@ async def requests(plan: Plan) -> list[Row]:
     return compared(title, "µs per round trip", costs, {"action": 1.10})
 
 
+async def gate(plan: Plan) -> list[Row]:
+    """Measure CPU µs per request and reply, with a permission and a throttle and without."""
+    async with AsyncExitStack() as stack:
+        callers = {}
+        for name, path in {"action": "/ws/echo", "gated action": "/ws/gated"}.items():
+            server = await stack.enter_async_context(serving(CONSUMERS))
+            callers[name] = (
+                server,
+                await stack.enter_async_context(connected(server.port, path, Caller, plan.clients)),
+            )
+
+        async def cost(name: str) -> float:
+            server, clients = callers[name]
+            return await server.cpu_of(ask(clients, plan.calls)) / (plan.clients * plan.calls) * 1e6
+
+        costs = await interleaved(list(callers), cost, rounds=plan.rounds, slices=plan.slices)
+    title = f"a permission and a throttle in memory, {plan.clients} clients"
+    return compared(title, "µs per round trip", costs, {"gated action": 1.30})
+
+
 async def memory(plan: Plan) -> list[Row]:
     """Measure kB of resident memory, and asyncio tasks, per idle connection; every round is a fresh process."""
     variants = {"bare": (SERVERS, "/ws/member"), "consumer": (CONSUMERS, "/ws/forward")}
@@ -160,6 +180,7 @@ async def peak_resident(server: Server) -> AsyncIterator[list[int]]:
 SECTIONS: dict[str, Callable[[Plan], Awaitable[list[Row]]]] = {
     "fan-out": fan_out,
     "requests": requests,
+    "gate": gate,
     "memory": memory,
     "stalled": stalled,
     "redis-fan-out": redis.fan_out,

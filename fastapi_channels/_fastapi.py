@@ -22,12 +22,15 @@ __all__ = [
     "add_outer_lifespan",
     "bare_receive",
     "bare_send",
+    "called_by_routes",
     "can_be_stepped",
     "exception_handler",
+    "http_routes",
     "is_async",
     "on_exit",
+    "redirect",
+    "route_path",
     "scope_without_handlers",
-    "websocket_endpoints",
 ]
 
 #: Servers whose `send` doesn't care which task calls it: it looks at no current task and opens no cancel scope.
@@ -35,7 +38,9 @@ STEPPABLE_SERVERS = frozenset({"uvicorn", "hypercorn", "fastapi_channels"})
 
 
 #: Modules of exception handlers that applications have without having asked for them.
-DEFAULT_HANDLERS = frozenset({fastapi.exception_handlers.__name__, "fastapi_channels.answers"})
+DEFAULT_HANDLERS = frozenset(
+    {fastapi.exception_handlers.__name__, "fastapi_channels.answers", "fastapi_channels.exceptions"}
+)
 
 
 def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]) -> None:
@@ -50,26 +55,52 @@ def add_outer_lifespan(app: Any, lifespan: Callable[[Any], AbstractAsyncContextM
     app.router.lifespan_context = merged
 
 
-def websocket_endpoints(app: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Path, endpoint and innermost application of every WebSocket route, with included routers and mounts."""
-    for route, path, endpoint in _flattened(app.routes):
+def called_by_routes(app: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Path, function and innermost application of every endpoint and dependency, with included routers and mounts."""
+    for route, path, endpoint, dependant in _flattened(app.routes):
         if isinstance(route, Mount):
             inner = route.app if hasattr(route.app, "state") else app
-            for path_within, endpoint_within, innermost in websocket_endpoints(route):
-                yield path + path_within, endpoint_within, inner if innermost is route else innermost
-        elif endpoint is not None:
-            yield path, endpoint, app
+            for path_within, function, innermost in called_by_routes(route):
+                yield path + path_within, function, inner if innermost is route else innermost
+        else:
+            for function in (endpoint, *_dependencies(dependant)):
+                yield path, function, app
 
 
-def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, Any]]:
+def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, Any, Any]]:
     # Since 0.137 an included router is one object in `routes`, and this gives what it stands for.
     contexts = getattr(fastapi.routing, "iter_route_contexts", None)
-    if contexts is None:
-        for route in routes:
-            yield route, getattr(route, "path", ""), getattr(route, "endpoint", None)
-    else:
-        for context in contexts(routes):
-            yield context.original_route, context.path or "", context.endpoint
+    for route in routes if contexts is None else contexts(routes):
+        path, endpoint = getattr(route, "path", None) or "", getattr(route, "endpoint", None)
+        yield getattr(route, "original_route", route), path, endpoint, getattr(route, "dependant", None)
+
+
+def _dependencies(dependant: Any) -> Iterator[Any]:
+    for inner in getattr(dependant, "dependencies", ()):
+        yield inner.call
+        yield from _dependencies(inner)
+
+
+def route_path(scope: Scope) -> str:
+    """The path of the route that serves a connection, as it is written, with the prefixes of routers and of mounts.
+
+    A mount whose path has parameters is known by their names: what a client puts there doesn't make another route.
+    """
+    route = scope.get("route")
+    # Since 0.137 the path with the prefix of an included router is here.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    if context is not None and context.original_route is route:
+        route = context
+    of_mounts = scope.get("path_params", {}).keys() - getattr(route, "param_convertors", {}).keys()
+    mount = "".join(f"/{{{name}}}" for name in sorted(of_mounts)) or scope.get("root_path", "")
+    return f"{mount}{getattr(route, 'path', '')}"
+
+
+def http_routes(app: Any) -> list[Any]:
+    """Every HTTP route of an application, those of included routers too: each has path, methods and dependencies."""
+    contexts = getattr(fastapi.routing, "iter_route_contexts", None)
+    routes = app.routes if contexts is None else contexts(app.routes)
+    return [route for route in routes if getattr(route, "methods", None)]
 
 
 def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
@@ -120,6 +151,11 @@ def bare_send(websocket: WebSocket) -> Send:
     while getattr(send, "__module__", None) == "starlette._exception_handler" and (inner := _wrapped(send)) is not None:
         send = inner
     return send
+
+
+def redirect(websocket: WebSocket, receive: Receive, send: Send) -> None:
+    """Have all that is done with a WebSocket go through these; `bare_receive` and `bare_send` don't notice."""
+    websocket.__dict__.update(receive=receive, send=send)
 
 
 def can_be_stepped(send: Send) -> bool:

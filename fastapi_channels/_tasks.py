@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import types
 from abc import ABC, abstractmethod
@@ -405,3 +406,14 @@ async def in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) 
     Cancelling is safe: it returns at once, and the thread, which can't be stopped, runs on with nobody listening.
     """
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), abandon_on_cancel=True)
+
+
+async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the user's: await it if it is `async def`, else run it in the thread pool."""
+    code = getattr(function, "__code__", None)
+    if code is not None and code.co_flags & inspect.CO_COROUTINE:  # the usual case, in a tenth of the time
+        return await function(*args, **kwargs)
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return await function(*args, **kwargs)
+    result = await in_thread(function, *args, **kwargs)
+    return await result if inspect.isawaitable(result) else result

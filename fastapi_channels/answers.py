@@ -9,6 +9,7 @@ Spec:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -24,11 +25,19 @@ from starlette.websockets import WebSocket
 
 from fastapi_channels import _fastapi
 from fastapi_channels._tasks import in_thread
-from fastapi_channels.exceptions import ConsumerError, InvalidData, InvalidGroupName, LayerUnavailable
+from fastapi_channels.exceptions import (
+    ConsumerError,
+    InvalidData,
+    InvalidGroupName,
+    LayerUnavailable,
+    NotAuthenticated,
+    Throttled,
+    TooManyConnections,
+)
 
 __all__ = ["Answer", "answer_to", "answer_view", "ask_application", "close_code_of", "refusal", "status_code_of"]
 
-#: Seconds after which a client may try again when the layer is away.
+#: Seconds after which a client may try again when the layer is away, or there are too many connections.
 RETRY_AFTER = 5
 
 _CLOSE_CODES = {401: 4501, 403: 4503, 404: 4504, 422: 4500, 429: 4029, 503: 1013}
@@ -124,7 +133,9 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
         case ConsumerError():
             close_code = error.close_code or close_code_of(error.status_code)
             body = {"detail": error.detail, "code": error.code, **error.extra}
-            return Answer(error.status_code, close_code, error.code, error.detail, error.extra, body=body)
+            return Answer(
+                error.status_code, close_code, error.code, error.detail, error.extra, _headers(error), body=body
+            )
         case HTTPException():
             return _of_status(error.status_code, error.detail, error.headers)
         case WebSocketException():
@@ -141,6 +152,18 @@ def answer_to(error: Exception, *, debug: bool = False) -> Answer:
         case _:
             detail = f"{type(error).__name__}: {error}" if debug else _INTERNAL
             return Answer(500, 1011, "internal_error", detail, is_expected=False)
+
+
+def _headers(error: ConsumerError) -> Mapping[str, str] | None:
+    match error:
+        case Throttled(retry_after=seconds) if math.isfinite(seconds):
+            return {"Retry-After": f"{math.ceil(seconds)}"}
+        case TooManyConnections():
+            return {"Retry-After": f"{RETRY_AFTER}"}
+        case NotAuthenticated():
+            return {"WWW-Authenticate": "Bearer"}  # RFC 6750, 3
+        case _:
+            return None
 
 
 async def answer_view(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
+from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from typing_extensions import override
 
@@ -74,6 +75,12 @@ class Limits:
     overflow: OverflowPolicy
     max_frame_size: int
     reject_mode: RejectMode
+    max_frames_per_second: float | None = None
+    max_bytes_per_second: float | None = None
+    first_frame_timeout: float | None = None
+    idle_timeout: float | None = None
+    max_violations: int | None = None
+    permission_recheck: float | None = None
 
 
 class Connection(Sink):
@@ -102,6 +109,7 @@ class Connection(Sink):
         "_dropped",
         "_ended",
         "_interrupted",
+        "_is_read",
         "_is_steppable",
         "_outbox",
         "_receive",
@@ -149,6 +157,8 @@ class Connection(Sink):
         self._ended: asyncio.Future[None] | None = None
         self._serving: asyncio.Task[Any] | None = None
         self._interrupted = False
+        #: Whether somebody waits for what the client sends, and for its end.
+        self._is_read = False
 
     # The handshake
 
@@ -176,31 +186,39 @@ class Connection(Sink):
             return
         self.end(answer.close_code, answer.reason)
         try:
-            await self._answer_no(answer)
-        except (OSError, WebSocketDisconnect) as error:
-            logger.debug("the client went away before it was refused", exc_info=error)
+            response = answer.to_response()
         except Exception:
-            logger.exception("a refusal could not be sent")
+            logger.exception("the text of a refusal is not for JSON")
+            response = Response(status_code=answer.status_code)
+        try:
+            await self._answer_no(answer, response)
+        except Exception as error:  # what servers raise then is of many kinds
+            logger.debug("the client went away before it was refused", exc_info=error)
 
-    async def _answer_no(self, answer: Answer) -> None:
+    async def _answer_no(self, answer: Answer, response: Response) -> None:
         websocket = self.websocket
         if self.limits.reject_mode == "http" and "websocket.http.response" in websocket.scope.get("extensions", {}):
-            await websocket.send_denial_response(answer.to_response())
+            await websocket.send_denial_response(response)
             await self._until_gone()
             return
         if self.limits.reject_mode == "close":
-            await websocket.accept()
+            # Browsers hang up on a handshake that answers none of the sub-protocols that they offer.
+            offered = websocket.scope.get("subprotocols") or [None]
+            await websocket.accept(offered[0])
         await websocket.close(answer.close_code, fitting(answer.reason))
 
     async def _until_gone(self) -> None:
         """Wait for a moment until the server has seen the end of a refused connection.
 
         uvicorn's default implementation calls an application that returns sooner an error, one line for each refusal.
-        It tells of the end twice: when the response is sent, and when the connection is lost.
+        It tells of the end twice: when the response is sent, and when the connection is lost. Frames that came with the
+        handshake stand before that.
         """
+        told = 0
         with anyio.move_on_after(GONE_TIMEOUT):
-            await self._receive()
-            await self._receive()
+            while told < 2:
+                message = await self._receive()
+                told += message["type"] == "websocket.disconnect"
 
     # The way in
 
@@ -210,15 +228,28 @@ class Connection(Sink):
 
     async def read(self, take: Take) -> None:
         """Hand every frame to `take` until the connection ends; `close_code` and `close_reason` tell how it did."""
-        while self.state is not State.CLOSED:
-            message = await self._receive()
-            if message["type"] == "websocket.disconnect":
-                self._disconnected(message)
-                return
-            text = message.get("text")
-            room = take(message["bytes"] if text is None else text)
-            if room is not None:
-                await self._until(room)
+        self._is_read = True
+        try:
+            while self.state is not State.CLOSED:
+                message = await self._receive()
+                if message["type"] == "websocket.disconnect":
+                    self._disconnected(message)
+                    return
+                text = message.get("text")
+                room = take(message["bytes"] if text is None else text)
+                if room is not None:
+                    await self._until(room)
+        finally:
+            self._is_read = False
+
+    async def read_one(self) -> str | bytes | None:
+        """One frame, before the connection is served; None if it has ended instead."""
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            self._disconnected(message)
+            return None
+        text: str | None = message.get("text")
+        return message["bytes"] if text is None else text
 
     async def run(self, hook: Awaitable[None], take: Take) -> None:
         """Run the hook that opens the connection, and cancel it if the client goes away meanwhile.
@@ -313,7 +344,8 @@ class Connection(Sink):
         self.close_code, self.close_reason = code, fitting(reason)
         self.websocket.application_state = WebSocketState.DISCONNECTED
         frame = {"type": "websocket.close", "code": code, "reason": self.close_reason}
-        if self.direct is not None:
+        # In a timer's callback it is for the writer: uvicorn's `websockets` opens a timeout, which only tasks can.
+        if self.direct is not None and asyncio.current_task() is not None:
             if self.step(frame) and self._writer is None:
                 self.end(code, self.close_reason)
         else:
@@ -434,9 +466,11 @@ class Connection(Sink):
         logger.debug("a frame could not be sent", exc_info=error)
         if self.state is State.CLOSING:
             self.end(self.close_code, self.close_reason)
-        elif self.state is State.OPEN:
+        elif self.state is State.OPEN and self._is_read:
             self.state = State.CLOSING  # the disconnect that the server holds for us knows the code
             self.direct = None
+        elif self.state is State.OPEN:
+            self.end(1006)  # nobody would hear of that
 
     def end(self, code: int, reason: str = "") -> None:
         """Note that the connection is over: with this code, unless it was being closed with another."""

@@ -35,6 +35,9 @@ from fastapi_channels.exceptions import DefinitionError, InvalidData
 from fastapi_channels.handshake import HandshakeReader
 from fastapi_channels.layers import Envelope
 
+#: How many errors of one frame a client is told.
+MAX_ERRORS = 100
+
 __all__ = [
     "Handshake",
     "Plan",
@@ -356,6 +359,8 @@ def _adapter(parameter: inspect.Parameter, function: Callable[..., Any]) -> Type
 
 
 def _invalid(error: ValidationError) -> InvalidData:
+    if error.error_count() > MAX_ERRORS:  # a megabyte of nonsense would be answered with sixty
+        return InvalidData(f"there are {error.error_count()} errors, which are too many to list", errors=[])
     errors = from_json(error.json(include_url=False, include_input=False))
     first = errors[0]
     where = ".".join(map(str, first["loc"]))

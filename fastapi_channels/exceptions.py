@@ -9,24 +9,44 @@ ChannelsError
 │   ├── InvalidData                    the frame's data does not fit its schema
 │   ├── UnknownAction                  no action of that name
 │   ├── FrameTooLarge                  above MAX_FRAME_SIZE
+│   ├── NotAuthenticated               who the client is has to be known
+│   │   └── AuthenticationFailed       the credentials are wrong
+│   ├── PermissionDenied               a permission said no
+│   ├── Throttled                      too many, too soon
+│   ├── TooManyConnections             a limit on connections is reached
 │   ├── ActionTimeout                  the action's own timeout passed
 │   └── ActionCancelled                the client said `$cancel`
-└── LayerError
-    ├── ChannelFull                    a channel's inbox is at its capacity
-    ├── LayerUnavailable               the broker can't be reached, or the layer is closed
-    ├── InvalidGroupName (ValueError)  not a name for a group or a channel
-    ├── InvalidMessage (ValueError)    not a message: no `type`, or it can't be encoded
-    └── UnreadableMessage              what came from the broker is not ours; it is skipped
+├── LayerError
+│   ├── ChannelFull                    a channel's inbox is at its capacity
+│   ├── LayerUnavailable               the broker can't be reached, or the layer is closed
+│   ├── InvalidGroupName (ValueError)  not a name for a group or a channel
+│   ├── InvalidMessage (ValueError)    not a message: no `type`, or it can't be encoded
+│   └── UnreadableMessage              what came from the broker is not ours; it is skipped
+└── WebSocketException (WebSocketException)  of `channels`, and Starlette's: an error with a text, which may close
+    ├── RateLimitExceeded              too many, too soon
+    ├── ActionNotExist                 no action of that name
+    ├── ActionIsDeprecated             the action is deprecated
+    ├── NotFound                       there is no such thing
+    ├── MethodNotAllowed               not this way
+    └── ParseError                     the frame can't be read
 ```
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
+
+from pydantic_core import to_json
+from starlette.exceptions import WebSocketException as StarletteWebSocketException
+from starlette.websockets import WebSocket, WebSocketState
 
 __all__ = [
     "ActionCancelled",
+    "ActionIsDeprecated",
+    "ActionNotExist",
     "ActionTimeout",
+    "AuthenticationFailed",
     "ChannelFull",
     "ChannelsError",
     "ConsumerError",
@@ -38,9 +58,18 @@ __all__ = [
     "InvalidMessage",
     "LayerError",
     "LayerUnavailable",
+    "MethodNotAllowed",
+    "NotAuthenticated",
+    "NotFound",
+    "ParseError",
+    "PermissionDenied",
+    "RateLimitExceeded",
     "SettingsError",
+    "Throttled",
+    "TooManyConnections",
     "UnknownAction",
     "UnreadableMessage",
+    "WebSocketException",
 ]
 
 
@@ -113,6 +142,52 @@ class FrameTooLarge(ConsumerError):
     status_code = 413
 
 
+class NotAuthenticated(ConsumerError):
+    """Who the client is has to be known, and isn't."""
+
+    code = "not_authenticated"
+    status_code = 401
+    close_code = 4501
+
+
+class AuthenticationFailed(NotAuthenticated):
+    """The client has given credentials that are wrong; raised by `BaseAuthentication.authenticate`."""
+
+
+class PermissionDenied(ConsumerError):
+    """A permission has said no."""
+
+    code = "permission_denied"
+    status_code = 403
+    close_code = 4503
+
+
+class Throttled(ConsumerError):
+    """The client does something too often.
+
+    Args:
+        retry_after: In how many seconds it may try again; infinite for never, which clients are told as null.
+    """
+
+    code = "throttled"
+    status_code = 429
+    close_code = 4029
+
+    def __init__(self, detail: str = "", *, retry_after: float, **extra: Any) -> None:
+        self.retry_after = retry_after
+        told = retry_after if math.isfinite(retry_after) else None
+        when = "too often" if told is None else f"too often; try again in {told:g} s"
+        super().__init__(detail or when, retry_after=told, **extra)
+
+
+class TooManyConnections(ConsumerError):
+    """A limit on connections is reached."""
+
+    code = "too_many_connections"
+    status_code = 429
+    close_code = 4009
+
+
 class ActionTimeout(ConsumerError):
     """The action took longer than its `timeout` and was cancelled."""
 
@@ -160,3 +235,103 @@ class InvalidMessage(LayerError, ValueError):
 
 class UnreadableMessage(LayerError):
     """What has come from the broker is no message of ours, or not for our keys; layers log, count and skip it."""
+
+
+class WebSocketException(ChannelsError, StarletteWebSocketException):
+    """An error that a client of a `BaseChannel` is told, in the words of the original package.
+
+    Args:
+        code: The close code; the class's by default.
+        reason: The reason of the close frame; the class's by default.
+        close: Whether the connection is closed with that, once the client has been told.
+        status: The `status` of the error frame.
+        error_msg: Its `errors`; the reason by default.
+        data: Its `data`.
+        request_id: Its `request_id`; by default that of the frame which is being answered.
+        kwargs: More keys of the frame.
+    """
+
+    code: int = 1000
+    reason: str = "disconnect error"
+    status: str | int = "bad"
+
+    def __init__(
+        self,
+        code: int | None = None,
+        reason: str | None = None,
+        *,
+        close: bool = True,
+        status: str | int | None = None,
+        error_msg: Any = None,
+        data: Any = None,
+        request_id: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(type(self).code if code is None else code, type(self).reason if reason is None else reason)
+        self.close = close
+        self.status = type(self).status if status is None else status
+        self.error_msg = self.reason if error_msg is None else error_msg
+        self.data = data
+        self.request_id = request_id
+        self.kwargs = kwargs
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """The error frame that tells of it."""
+        frame = {"type": "response", "status": self.status, "request_id": self.request_id}
+        return {**frame, "data": self.data, "errors": self.error_msg, **self.kwargs}
+
+
+class RateLimitExceeded(WebSocketException):
+    """The client does something too often."""
+
+    code = 4029
+    reason = "Too Many Request"
+
+
+class ActionNotExist(WebSocketException):
+    """The channel has no action of that name."""
+
+    code = 4504
+    reason = "Action Not Exist"
+
+
+class ActionIsDeprecated(WebSocketException):
+    """The action is there no more."""
+
+    code = 4504
+    reason = "Action is deprecated"
+
+
+class NotFound(WebSocketException):
+    """There is no such thing."""
+
+    code = 4504
+    reason = "Not Found"
+
+
+class MethodNotAllowed(WebSocketException):
+    """It can't be done this way."""
+
+    code = 4500
+    reason = "Method Not Allowed"
+
+
+class ParseError(WebSocketException):
+    """The frame can't be read."""
+
+    code = 4500
+    reason = "Parse Error"
+
+
+async def WebSocketExceptionHandler(websocket: WebSocket, exc: WebSocketException) -> None:  # noqa: N802
+    """Tell a client of an error, and close the connection if the error says so; a handshake is refused.
+
+    `add_channel(app, add_exception_handlers=True)` gives it to the application, for its own WebSocket routes too.
+    """
+    if websocket.application_state is WebSocketState.CONNECTED:
+        await websocket.send_text(to_json(exc.frame, inf_nan_mode="null").decode())
+        if exc.close:
+            await websocket.close(exc.code, exc.reason)
+    elif websocket.application_state is WebSocketState.CONNECTING:
+        await websocket.close(exc.code, exc.reason)

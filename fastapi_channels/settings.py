@@ -12,7 +12,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -41,27 +41,9 @@ RejectMode = Literal["http", "close"]
 # Settings of the design that this version can't keep. Taking them in silence would be worse than not having them.
 _NOT_YET = frozenset(
     {
-        "ALLOWED_ORIGINS",
         "ASYNCAPI_URL",
-        "AUTHENTICATION_CLASSES",
         "CONSOLE_URL",
-        "COOKIE_TOKEN_KEY",
-        "FIRST_FRAME_TIMEOUT",
         "GROUPS",
-        "IDLE_TIMEOUT",
-        "LIMITER_URL",
-        "MAX_BYTES_PER_SECOND",
-        "MAX_CONNECTIONS",
-        "MAX_CONNECTIONS_PER_ADDRESS",
-        "MAX_CONNECTIONS_PER_USER",
-        "MAX_FRAMES_PER_SECOND",
-        "MAX_VIOLATIONS",
-        "PERMISSION_CLASSES",
-        "QUERY_TOKEN_KEY",
-        "THROTTLE_CLASSES",
-        "THROTTLE_ON_ERROR",
-        "THROTTLE_RATES",
-        "TRUSTED_PROXIES",
     }
 )
 
@@ -80,8 +62,62 @@ class ChannelsSettings(BaseSettings):
     expiry: Annotated[float, Field(gt=0)] = 60.0
     """After how many seconds a message that nobody has handled is dropped."""
 
+    allowed_origins: list[str] | None = None
+    """The origins of pages that may connect, `https://*.example.org` for sub-domains, `*` for all; None: the own."""
+
+    trusted_proxies: list[str] = []
+    """Addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Host are believed."""
+
+    authentication_classes: list[Any] = []
+    """Who finds out who a client is: classes or instances, or their dotted paths."""
+
+    query_token_key: str | None = None
+    """The query parameter that may carry a token; None for none, since URLs are logged."""
+
+    cookie_token_key: str | None = None
+    """The cookie that may carry a token."""
+
+    permission_classes: list[Any] = []
+    """What all clients need: permissions or their dotted paths. A consumer's own stand in their place."""
+
+    throttle_classes: list[Any] = []
+    """What holds all clients back: throttles, rates, or dotted paths. A consumer's own stand in their place."""
+
+    throttle_rates: dict[str, str] = {}
+    """The rates of throttles that have none of their own, by scope, such as `{"user": "100/minute"}`."""
+
+    throttle_on_error: Literal["allow", "deny"] = "allow"
+    """What happens to what is throttled while the server that counts can't be reached."""
+
+    limiter_url: str | None = None
+    """The Redis that counts for throttles; None for the default layer's, or this process if that has none."""
+
+    max_violations: Annotated[int, Field(ge=1)] | None = 100
+    """How many refused frames a minute a connection may send before it is closed with 4029; None for any number."""
+
+    max_connections: Annotated[int, Field(ge=0)] | None = None
+    """How many connections each consumer class may have, over all processes that share a Redis."""
+
+    max_connections_per_user: Annotated[int, Field(ge=0)] | None = None
+    """How many connections a user may have; a consumer's own number is counted for that consumer alone."""
+
+    max_connections_per_address: Annotated[int, Field(ge=0)] | None = None
+    """How many connections may come from one address (of IPv6, one /64), likewise."""
+
     max_frame_size: Annotated[int, Field(ge=1)] = 1024 * 1024
     """How many bytes a client's frame may have."""
+
+    max_frames_per_second: Annotated[float, Field(gt=0)] | None = None
+    """How many frames a second one connection may send; what is more is refused."""
+
+    max_bytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    """How many bytes a second one connection may send; what is more is refused."""
+
+    first_frame_timeout: Annotated[float, Field(gt=0)] | None = None
+    """After how many seconds a connection is closed with 1001 if no frame has come; None for never."""
+
+    idle_timeout: Annotated[float, Field(gt=0)] | None = None
+    """After how many seconds in which no frame has come a connection is closed with 1001; None for never."""
 
     outbox_frames: Annotated[int, Field(ge=1)] = 1000
     """How many frames may wait for one client's socket."""
@@ -107,7 +143,8 @@ class ChannelsSettings(BaseSettings):
 
         Args:
             module: The settings module or its dotted path; without one, what `FASTAPI_CHANNELS_SETTINGS` names.
-            options: The arguments of `add_channel`, strongest of all; None counts as not given.
+            options: The arguments of `add_channel`, strongest of all. None counts as not given, but for a setting that
+                may be None and by default isn't.
 
         Raises:
             SettingsError: A name that is no setting or a value that doesn't fit, with its source.
@@ -117,7 +154,7 @@ class ChannelsSettings(BaseSettings):
             if name.upper() not in _names() or name != name.lower():
                 hint = _hint(name.lower())
                 raise TypeError(f"add_channel() got an unexpected keyword argument {name!r}{hint}")
-        given = {name: value for name, value in (options or {}).items() if value is not None}
+        given = {name: value for name, value in (options or {}).items() if value is not None or _is_set_by_none(name)}
         module = module if module is not None else os.environ.get(MODULE_VARIABLE) or None
         from_environment = _check_environment()
         in_module = {} if module is None else _from_module(module)
@@ -156,6 +193,12 @@ class ChannelsSettings(BaseSettings):
 
 def _names() -> set[str]:
     return {name.upper() for name in ChannelsSettings.model_fields} | _NOT_YET
+
+
+def _is_set_by_none(name: str) -> bool:
+    """Whether None says something of a setting that its default doesn't."""
+    field = ChannelsSettings.model_fields.get(name)
+    return field is not None and field.default is not None and type(None) in get_args(field.annotation)
 
 
 def _hint(name: str) -> str:

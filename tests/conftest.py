@@ -1,9 +1,13 @@
 """What the tests share: the event loop they run on, an application, and a real server."""
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +41,31 @@ async def until(is_so: Callable[[], bool], timeout: float = 5.0) -> None:
     raise TimeoutError
 
 
+def install(directory: Path, requirement: str) -> None:
+    """Install one package, without what it needs, into a directory of its own, unless it is there."""
+    made = directory / "made"
+    if made.exists() and made.read_text() == requirement:
+        return
+    command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
+    command += ["--no-deps", "--upgrade", "--target", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode != 0:
+        if os.environ.get("CI"):
+            pytest.fail(done.stderr)
+        pytest.skip(f"{requirement} can't be installed")
+    made.write_text(requirement)
+
+
+@pytest.fixture(scope="session")
+def limiter_01(request: pytest.FixtureRequest) -> Path:
+    """A directory with fastapi-limiter 0.1.6, to be first on PYTHONPATH."""
+    cache = request.config.cache
+    assert cache is not None
+    directory = cache.mkdir("fastapi-limiter-0.1.6")
+    install(directory, "fastapi-limiter==0.1.6")
+    return directory
+
+
 @dataclass(frozen=True)
 class Served:
     """An application under uvicorn, in the test's own event loop."""
@@ -53,6 +82,8 @@ class Served:
 
 
 Serve = Callable[..., Awaitable[Served]]
+
+Forward = Callable[[float], None]
 
 
 @pytest.fixture
@@ -79,3 +110,17 @@ async def serve() -> AsyncIterator[Serve]:
     yield start
     for served in started:
         await served.stop()
+
+
+@pytest.fixture
+async def forward(monkeypatch: pytest.MonkeyPatch) -> Forward:
+    """Put the event loop's clock forward by some seconds: `forward(60)`."""
+    loop = asyncio.get_running_loop()
+    real, ahead = loop.time, 0.0
+
+    def put_forward(seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds
+
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+    return put_forward

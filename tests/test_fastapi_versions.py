@@ -24,6 +24,7 @@ TESTS = [
     "tests/consumers/test_json.py",
     *(f"tests/layers/test_{name}.py" for name in ("base", "carrier", "envelope", "inbox", "memory", "names")),
     "tests/test_application.py",
+    "tests/test_channels.py",
     "tests/test_dependencies.py",
     "tests/test_routing.py",
     "tests/test_settings.py",

@@ -19,29 +19,7 @@ from fastapi_channels.layers import MemoryLayer
 from fastapi_channels.routing import ConsumerRouter, route
 from fastapi_channels.settings import ChannelsSettings
 
-RESERVED = [
-    "GROUPS",
-    "PERMISSION_CLASSES",
-    "THROTTLE_CLASSES",
-    "THROTTLE_RATES",
-    "AUTHENTICATION_CLASSES",
-    "ALLOWED_ORIGINS",
-    "TRUSTED_PROXIES",
-    "LIMITER_URL",
-    "THROTTLE_ON_ERROR",
-    "MAX_VIOLATIONS",
-    "MAX_CONNECTIONS",
-    "MAX_CONNECTIONS_PER_USER",
-    "MAX_CONNECTIONS_PER_ADDRESS",
-    "MAX_FRAMES_PER_SECOND",
-    "MAX_BYTES_PER_SECOND",
-    "FIRST_FRAME_TIMEOUT",
-    "IDLE_TIMEOUT",
-    "QUERY_TOKEN_KEY",
-    "COOKIE_TOKEN_KEY",
-    "ASYNCAPI_URL",
-    "CONSOLE_URL",
-]
+RESERVED = ["GROUPS", "ASYNCAPI_URL", "CONSOLE_URL"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +64,25 @@ def test_defaults() -> None:
         "channel_layers": {"default": "memory://"},
         "capacity": 1000,
         "expiry": 60.0,
+        "allowed_origins": None,
+        "trusted_proxies": [],
+        "authentication_classes": [],
+        "query_token_key": None,
+        "cookie_token_key": None,
+        "permission_classes": [],
+        "throttle_classes": [],
+        "throttle_rates": {},
+        "throttle_on_error": "allow",
+        "limiter_url": None,
+        "max_violations": 100,
+        "max_connections": None,
+        "max_connections_per_user": None,
+        "max_connections_per_address": None,
         "max_frame_size": 1024 * 1024,
+        "max_frames_per_second": None,
+        "max_bytes_per_second": None,
+        "first_frame_timeout": None,
+        "idle_timeout": None,
         "outbox_frames": 1000,
         "outbox_bytes": 4 * 1024 * 1024,
         "overflow": "close",
@@ -123,7 +119,25 @@ def test_every_setting_has_an_environment_variable(monkeypatch: pytest.MonkeyPat
         "channel_layers": {"a": {"BACKEND": "x.Y", "CONFIG": {"k": [1]}}},
         "capacity": 1001,
         "expiry": 1.5,
+        "allowed_origins": ["https://example.org"],
+        "trusted_proxies": ["10.0.0.0/8"],
+        "authentication_classes": ["app.Token"],
+        "query_token_key": "token",
+        "cookie_token_key": "session",
+        "permission_classes": [True],
+        "throttle_classes": ["5/second"],
+        "throttle_rates": {"user": "1/s"},
+        "throttle_on_error": "deny",
+        "limiter_url": "redis://localhost",
+        "max_violations": 7,
+        "max_connections": 8,
+        "max_connections_per_user": 9,
+        "max_connections_per_address": 10,
         "max_frame_size": 2,
+        "max_frames_per_second": 11.5,
+        "max_bytes_per_second": 12.0,
+        "first_frame_timeout": 13.0,
+        "idle_timeout": 14.0,
         "outbox_frames": 3,
         "outbox_bytes": 4,
         "overflow": "latest",
@@ -133,7 +147,7 @@ def test_every_setting_has_an_environment_variable(monkeypatch: pytest.MonkeyPat
     }
     assert given.keys() == ChannelsSettings.model_fields.keys()
     for name, value in given.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        text = json.dumps(value) if isinstance(value, dict | list) else str(value)
         monkeypatch.setenv(f"CHANNELS_{name.upper()}", text)
     assert ChannelsSettings.load().model_dump() == given
 
@@ -164,6 +178,15 @@ def test_a_module_named_by_the_environment(on_path: Path, monkeypatch: pytest.Mo
 def test_an_argument_of_none_is_not_given() -> None:
     """None as an argument leaves the setting to the other sources."""
     assert ChannelsSettings.load(module(CAPACITY=2000), {"capacity": None, "overflow": None}).capacity == 2000
+
+
+def test_an_argument_of_none_that_says_something() -> None:
+    """Where None is a value, and not the default, it counts as an argument; where it is the default it doesn't."""
+    found = ChannelsSettings.load(
+        module(MAX_VIOLATIONS=5, LAYER_GRACE=7), {"max_violations": None, "layer_grace": None}
+    )
+    assert found.max_violations is None
+    assert found.layer_grace == 7
 
 
 def test_names_in_a_module_that_are_the_users_own() -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, StringConstraints
 
 from fastapi_channels.consumers import ActionConsumer, action, event
 from fastapi_channels.layers import safe_name
+from fastapi_channels.throttling import FrameRateThrottle
 
 #: What rooms and people are called; FastAPI checks it before anybody is let in.
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)]
@@ -66,7 +67,7 @@ class ChatConsumer(ActionConsumer):
         await self.send_json(newcomer)
         await self.layer.send(newcomer.id, self.person("chat.here"))  # wherever that is: in this process or in another
 
-    @action
+    @action(throttle_classes=[FrameRateThrottle("10/second")])
     async def say(self, message: Text) -> dict[str, datetime]:
         """Say something to everybody in the room, oneself included; the reply has the time that they see."""
         at = now()

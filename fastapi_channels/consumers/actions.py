@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import aclosing
@@ -17,12 +16,22 @@ from fastapi_channels._tasks import in_thread, not_cancelled
 from fastapi_channels.consumers.base import API
 from fastapi_channels.consumers.json import JsonConsumer
 from fastapi_channels.consumers.marks import ActionMark, marked
-from fastapi_channels.consumers.session import DEALT_WITH
+from fastapi_channels.consumers.session import AUTH, is_request_id
 from fastapi_channels.dependencies import Plan
-from fastapi_channels.exceptions import ActionCancelled, ActionTimeout, DefinitionError, InvalidFrame, UnknownAction
+from fastapi_channels.exceptions import (
+    ActionCancelled,
+    ActionTimeout,
+    ConsumerError,
+    DefinitionError,
+    InvalidFrame,
+    Throttled,
+    UnknownAction,
+)
+from fastapi_channels.gate import Gate, Rules
 
 __all__ = ["Action", "ActionConsumer"]
 
+#: What clients ask of every consumer: to end a call. Frames of this and of `$auth` don't wait.
 CANCEL: Final = "$cancel"
 
 _ABSENT: Final = inspect.Parameter.empty
@@ -36,6 +45,8 @@ class Action:
     Attributes:
         name: What clients call it.
         plan: How it is called.
+        permission_classes: Who may call it, besides what the consumer says.
+        throttle_classes: How often, likewise.
         concurrency: How many calls run at once on one connection.
         timeout: After how many seconds a call is cancelled; None for never.
         deprecated: Whether new clients should do without it.
@@ -45,6 +56,8 @@ class Action:
 
     name: str
     plan: Plan
+    permission_classes: tuple[Any, ...]
+    throttle_classes: tuple[Any, ...]
     concurrency: int
     timeout: float | None
     deprecated: bool
@@ -82,7 +95,7 @@ class _Request:
 
     def __enter__(self) -> None:
         self._task, self._is_interrupted = asyncio.current_task(), False
-        if self.request_id is not _ABSENT:
+        if self.request_id is not _ABSENT and self.action is not None:
             self._calls[self.request_id] = self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: object) -> bool:
@@ -130,8 +143,32 @@ class ActionConsumer(JsonConsumer):
                 raise DefinitionError(f"{cls.__name__}: {other} and {attribute} are both the action {name!r}")
             summary = mark.summary if mark.summary is not None else (inspect.getdoc(function) or "").partition("\n")[0]
             plan = Plan(function, cls)
-            actions[name] = Action(name, plan, mark.concurrency, mark.timeout, mark.deprecated, summary, mark.tags)
+            actions[name] = Action(
+                name,
+                plan,
+                mark.permission_classes,
+                mark.throttle_classes,
+                mark.concurrency,
+                mark.timeout,
+                mark.deprecated,
+                summary,
+                mark.tags,
+            )
         cls.actions = actions
+        Gate.check(cls._rules(), cls._action_rules())
+
+    @override
+    @classmethod
+    def _action_rules(cls) -> Mapping[str, Rules]:
+        return {
+            action.name: Rules(
+                cls,
+                permission_classes=action.permission_classes,
+                throttle_classes=action.throttle_classes,
+                action=action.name,
+            )
+            for action in cls.actions.values()
+        }
 
     @override
     def _parse_frame(self, frame: str | bytes) -> Any:
@@ -141,7 +178,7 @@ class ActionConsumer(JsonConsumer):
         name = content.pop("action", None)
         request_id = content.pop("request_id", _ABSENT)
         data = content.get("data", content or _ABSENT)
-        if request_id is not _ABSENT and not _is_request_id(request_id):
+        if request_id is not _ABSENT and not is_request_id(request_id):
             raise InvalidFrame("a request_id is a string or a number")
         if self._calls is None:
             self._calls = {}
@@ -150,14 +187,28 @@ class ActionConsumer(JsonConsumer):
             request.error = InvalidFrame("a frame has an action, which is a string")
         elif name == CANCEL and request_id is _ABSENT:
             request.error = InvalidFrame("$cancel needs the request_id of the call to end")
-        elif name == CANCEL:
-            self._cancel(request_id)
-            return DEALT_WITH
-        else:
+        elif name not in (CANCEL, AUTH):
             request.action = self.actions.get(name)
             if request.action is None:
                 request.error = UnknownAction(f"there is no action {_shortened(name)!r}")
         return request
+
+    @override
+    def _refused(self, parsed: _Request, error: ConsumerError) -> Any:
+        parsed.error = error
+        return parsed
+
+    @override
+    def _handle_at_once(self, parsed: _Request) -> bool:
+        if parsed.error is not None:
+            return False
+        if parsed.name == CANCEL:
+            self._cancel(parsed.request_id)
+            return not self._session.gate.asks_of_frames  # by which it is counted in its turn
+        if parsed.name != AUTH or not self._can_renew:
+            return False
+        self._renewing = self._session.start(self._answer(parsed))
+        return True
 
     def _cancel(self, request_id: Any) -> None:
         request = (self._calls or {}).get(request_id)
@@ -196,24 +247,28 @@ class ActionConsumer(JsonConsumer):
         try:
             result = None
             with request:
+                is_too_fast = isinstance(request.error, Throttled)
+                if self._session.gate.asks_of_frames and not (request.is_cancelled or is_too_fast):
+                    name = None if request.action is None else request.action.name
+                    is_control = request.name in (CANCEL, AUTH)
+                    await self._session.gate.pass_frame(self.websocket, name, is_control=is_control)
+                if self._connection.closed_here:  # while it waited for the gate, or for room
+                    return
                 if request.error is not None:
                     raise request.error
-                if not request.is_cancelled:
+                if request.name == CANCEL:
+                    return
+                if request.name == AUTH:
+                    result = await self._session.renew(
+                        request.data.get("token") if isinstance(request.data, dict) else None
+                    )
+                elif not request.is_cancelled:
                     assert request.action is not None
                     result = await self._begin(request.action, request.data, request_id)
             if request.is_cancelled and result is None:
                 _check_cancelled(request)
             if has_id or result is not None:
-                await self._reply(
-                    {
-                        "type": "response",
-                        "action": request.name,
-                        "request_id": request_id,
-                        "status": "ok",
-                        "data": result,
-                        "errors": None,
-                    }
-                )
+                await self._reply_ok(request.name, request_id, result)
         except Exception as error:
             await self._session.answer_error(error, request.name, request_id)
 
@@ -286,13 +341,6 @@ def _check_cancelled(request: _Request) -> None:
     """
     if request.action is None or not request.action.plan.is_stream:
         raise ActionCancelled("cancelled by the client")
-
-
-def _is_request_id(value: Any) -> bool:
-    """Whether it can be given back as it came: a string, or a number that isn't too large for one."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _shortened(name: str) -> str:

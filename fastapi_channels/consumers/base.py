@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import types
-from collections.abc import Awaitable, Collection, Hashable, Mapping
+from collections.abc import Awaitable, Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -14,14 +14,16 @@ from starlette.types import ASGIApp, Scope
 from starlette.websockets import WebSocket
 
 from fastapi_channels.answers import refusal
+from fastapi_channels.authentication import id_of
 from fastapi_channels.connection import Connection, State
 from fastapi_channels.consumers.blocking import SyncConsumer
 from fastapi_channels.consumers.marks import EventMark, marked
-from fastapi_channels.consumers.session import Session, checked_close_code
+from fastapi_channels.consumers.session import Session
 from fastapi_channels.dependencies import Plan
-from fastapi_channels.exceptions import DefinitionError, InvalidFrame, InvalidGroupName
+from fastapi_channels.exceptions import ConsumerError, DefinitionError, InvalidFrame, InvalidGroupName
+from fastapi_channels.gate import Gate, Rules
 from fastapi_channels.layers import ChannelLayer, Message, Receipt
-from fastapi_channels.layers.envelope import SEND, encode
+from fastapi_channels.layers.envelope import SEND, checked_close_code, encode
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.settings import ChannelsSettings, OverflowPolicy, RejectMode
 
@@ -34,21 +36,28 @@ MAX_TYPES = 1000
 
 # Attributes of the design that this version can't keep: a consumer that relies on one must not start without it.
 _NOT_YET = (
-    "allowed_origins",
-    "authentication_classes",
-    "first_frame_timeout",
-    "idle_timeout",
-    "max_connections",
-    "permission_classes",
-    "permission_recheck",
     "presence_events",
     "presence_id",
-    "throttle_classes",
 )
 
 
 #: The settings that a consumer may have in place of the application's.
-OWN_SETTINGS = ("drain_timeout", "max_frame_size", "outbox_bytes", "outbox_frames", "overflow", "reject_mode")
+OWN_SETTINGS = (
+    "drain_timeout",
+    "first_frame_timeout",
+    "idle_timeout",
+    "max_bytes_per_second",
+    "max_connections",
+    "max_connections_per_address",
+    "max_connections_per_user",
+    "max_frame_size",
+    "max_frames_per_second",
+    "max_violations",
+    "outbox_bytes",
+    "outbox_frames",
+    "overflow",
+    "reject_mode",
+)
 
 
 class WebSocketConsumer:
@@ -68,12 +77,32 @@ class WebSocketConsumer:
     forward_events: bool | Collection[str] = ()
 
     #: In place of the settings of the same names; None leaves them.
+    allowed_origins: Sequence[str] | None = None
+    authentication_classes: Sequence[Any] | None = None
+    permission_classes: Sequence[Any] | None = None
+    throttle_classes: Sequence[Any] | None = None
+    max_connections: int | None = None
+    max_connections_per_user: int | None = None
+    max_connections_per_address: int | None = None
+    max_frames_per_second: float | None = None
+    max_bytes_per_second: float | None = None
+    max_violations: int | None = None
+    first_frame_timeout: float | None = None
+    idle_timeout: float | None = None
     max_frame_size: int | None = None
     outbox_frames: int | None = None
     outbox_bytes: int | None = None
     overflow: OverflowPolicy | None = None
     reject_mode: RejectMode | None = None
     drain_timeout: float | None = None
+
+    #: Every how many seconds, at the latest, permissions are asked again whether the client may be connected; one that
+    #: has lost them is closed with 4503. None for never.
+    permission_recheck: float | None = None
+    #: Whether a client that is not known may send its token as the first frame, `{"action": "$auth", "data": {"token":
+    #: ...}}`. The handshake is accepted then, and nothing else is read until the token is in: within
+    #: `first_frame_timeout`, or 10 seconds. `connect` is called after that.
+    token_in_first_frame: bool = False
 
     channel_name: str
     """The address of this connection on the layer."""
@@ -109,6 +138,11 @@ class WebSocketConsumer:
                 raise DefinitionError(f"{cls.__name__}.groups: {error}") from error
         for name in OWN_SETTINGS:
             _check_setting(cls, name)
+        every = cls.permission_recheck
+        if every is not None and not (isinstance(every, int | float) and every > 0):
+            raise DefinitionError(f"{cls.__name__}.permission_recheck is more than 0 seconds, or None")
+        if not isinstance(cls.token_in_first_frame, bool):
+            raise DefinitionError(f"{cls.__name__}.token_in_first_frame is True or False")
         plans: dict[str, Plan] = {}
         claimed: dict[str, str] = {}
         for attribute, function, mark in marks:
@@ -127,6 +161,27 @@ class WebSocketConsumer:
         cls._unhandled = set()
         cls._disconnect_arguments = _count_arguments(cls)
         cls._read_receive()
+        Gate.check(cls._rules(), {})
+
+    @classmethod
+    def _rules(cls) -> Rules:
+        """What the class says of its gate."""
+        return Rules(
+            cls,
+            cls.allowed_origins,
+            cls.authentication_classes,
+            cls.permission_classes,
+            cls.throttle_classes,
+            cls.max_connections,
+            cls.max_connections_per_user,
+            cls.max_connections_per_address,
+            cls.token_in_first_frame,
+        )
+
+    @classmethod
+    def _action_rules(cls) -> Mapping[str, Rules]:
+        """What its actions add to that, by name."""
+        return {}
 
     @classmethod
     def _read_receive(cls) -> None:
@@ -198,13 +253,20 @@ class WebSocketConsumer:
 
     @property
     def user(self) -> Any:
-        """Who the client is, if a middleware has found out; else one whose `is_authenticated` is False."""
+        """Who the client is, if the gate or a middleware has found out; else one whose `is_authenticated` is False."""
         return self.scope.get("user") or UnauthenticatedUser()
 
     @property
     def auth(self) -> Any:
-        """What a middleware has put into the scope with the user, or None."""
+        """What the client's credentials are good for, as the gate or a middleware has found out; or None."""
         return self.scope.get("auth")
+
+    def user_id(self) -> str | None:
+        """Whose connection this is: to throttles, to the limit of connections per user, and to `disconnect_user`.
+
+        It is `str(user.id)`, or None of a stranger; override it for another, such as one that has the tenant in it.
+        """
+        return id_of(self.user)
 
     @property
     def sync(self) -> SyncConsumer:
@@ -344,15 +406,38 @@ class WebSocketConsumer:
     # What the session asks; not for applications
 
     def _parse_frame(self, frame: str | bytes) -> Any:
-        """Make of a frame what `_handle_frame` gets, or deal with it at once (`DEALT_WITH`). Runs no code of users."""
+        """Make of a frame what `_handle_frame` gets. Runs no code of users."""
         if type(frame) not in self._takes:
             due = "text" if self._takes == (str,) else "binary"
             raise InvalidFrame(f"a {due} frame was expected")
         return frame
 
+    def _handle_at_once(self, parsed: Any) -> bool:
+        """Whether it was a frame that doesn't wait for those before it, and has been seen to."""
+        return False
+
+    def _refused(self, parsed: Any, error: ConsumerError) -> Any:
+        """What waits in the place of a frame that is refused before its turn."""
+        return error
+
     def _handle_frame(self, parsed: Any) -> Awaitable[Any]:
         """Begin to handle what `_parse_frame` made of a frame."""
+        if self._session.gate.asks_of_frames:
+            return self._handle_asked(parsed)
+        return self._begin_receive(parsed)
+
+    async def _handle_asked(self, parsed: Any) -> None:
+        await self._session.gate.pass_frame(self.websocket, None)
+        if not self._connection.closed_here:  # meanwhile
+            await self._begin_receive(parsed)
+
+    def _begin_receive(self, parsed: Any) -> Awaitable[Any]:
         return self._receive_plan.begin(self, parsed, self._session.handshake)
+
+    async def _reply_ok(self, action: str | None, request_id: Any, data: Any) -> None:
+        """Answer a request with its result (protocol.md, 1)."""
+        reply = {"type": "response", "action": action, "request_id": request_id, "status": "ok", "data": data}
+        await self._reply({**reply, "errors": None})
 
     async def _send_error(self, errors: Mapping[str, Any], action: str | None, request_id: Any) -> None:
         """Answer with an error frame (protocol.md, 1)."""

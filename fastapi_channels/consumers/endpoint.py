@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
@@ -22,14 +23,17 @@ from starlette.websockets import WebSocket
 from fastapi_channels import _fastapi
 from fastapi_channels._tasks import Crew
 from fastapi_channels.application import Channels
+from fastapi_channels.authentication import USER_ID
 from fastapi_channels.connection import Connection, Limits
 from fastapi_channels.consumers.base import WebSocketConsumer
 from fastapi_channels.consumers.session import Session
 from fastapi_channels.dependencies import asks_impossible, signature_of
 from fastapi_channels.exceptions import DefinitionError
+from fastapi_channels.gate import Gate
 from fastapi_channels.handshake import in_path
+from fastapi_channels.layers import ChannelLayer
 
-__all__ = ["ConsumerApp", "make_endpoint", "with_attributes"]
+__all__ = ["ConsumerApp", "Sessions", "make_endpoint", "with_attributes"]
 
 _SESSION = "fastapi_channels_session"
 
@@ -81,7 +85,7 @@ def make_endpoint(consumer: type[WebSocketConsumer], path_params: frozenset[str]
     endpoint.__qualname__ = consumer.__qualname__
     endpoint.__doc__ = consumer.__doc__
     endpoint.session = session  # type: ignore[attr-defined]
-    endpoint.check_settings = lambda channels: channels.layer(consumer.channel_layer_alias)  # type: ignore[attr-defined]
+    endpoint.check_settings = lambda channels: _served(consumer, channels)  # type: ignore[attr-defined]
     return endpoint
 
 
@@ -100,26 +104,77 @@ def _connect_parameter(
     return in_path(parameter, path_params).replace(kind=parameter.KEYWORD_ONLY)
 
 
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What connections of one consumer class in one application have in common."""
+
+    layer: ChannelLayer
+    limits: Limits
+    gate: Gate
+
+
+def _served(consumer: type[WebSocketConsumer], channels: Channels) -> _Served:
+    def setting(name: str) -> Any:
+        own = getattr(consumer, name)
+        return getattr(channels.settings, name) if own is None else own
+
+    limits = Limits(
+        outbox_frames=setting("outbox_frames"),
+        outbox_bytes=setting("outbox_bytes"),
+        overflow=setting("overflow"),
+        max_frame_size=setting("max_frame_size"),
+        reject_mode=setting("reject_mode"),
+        max_frames_per_second=setting("max_frames_per_second"),
+        max_bytes_per_second=setting("max_bytes_per_second"),
+        first_frame_timeout=setting("first_frame_timeout"),
+        idle_timeout=setting("idle_timeout"),
+        max_violations=setting("max_violations"),
+        permission_recheck=consumer.permission_recheck,
+    )
+    gate = Gate(channels, consumer._rules(), consumer._action_rules())
+    return _Served(channels.layer(consumer.channel_layer_alias), limits, gate)
+
+
+class Sessions:
+    """Opens the sessions of one consumer class.
+
+    Args:
+        consumer: The class.
+    """
+
+    def __init__(self, consumer: type[WebSocketConsumer]) -> None:
+        self._consumer = consumer
+        self._known: WeakKeyDictionary[Channels, _Served] = WeakKeyDictionary()
+
+    async def begin(self, websocket: WebSocket) -> Session:
+        """A session for a client whose handshake is not answered yet; `Session.admit` lets it through the gate."""
+        channels = Channels.of(websocket.scope)
+        served = self._known.get(channels)
+        if served is None:
+            served = self._known[channels] = _served(self._consumer, channels)
+        layer = served.layer
+        failure = None if layer.is_open else await _failure_of(channels.open)
+        await websocket.receive()  # websocket.connect
+        instance = self._consumer()
+        crew = layer.crew if layer.is_open else Crew(asyncio.get_running_loop())
+        connection = Connection(websocket, served.limits, crew, layer.counters)
+        instance._connection = connection
+        session = instance._session = Session(instance, connection, layer, channels, served.gate)
+        session.failure = failure
+        instance.layer = layer
+        if self._consumer.user_id is not WebSocketConsumer.user_id:
+            websocket.scope[USER_ID] = instance.user_id
+        return session
+
+
 def _session_dependency(consumer: type[WebSocketConsumer]) -> Callable[[WebSocket], Awaitable[Session]]:
-    limits: WeakKeyDictionary[Channels, Limits] = WeakKeyDictionary()
+    sessions = Sessions(consumer)
 
     async def session(websocket: WebSocket) -> Session:
-        channels = Channels.of(websocket.scope)
-        layer = channels.layer(consumer.channel_layer_alias)
-        failure = None if layer.is_open else await _failure_of(channels.open)
-        if channels not in limits:
-            limits[channels] = _limits(consumer, channels)
-        await websocket.receive()  # websocket.connect
-        instance = consumer()
-        crew = layer.crew if layer.is_open else Crew(asyncio.get_running_loop())
-        connection = Connection(websocket, limits[channels], crew, layer.counters)
-        instance._connection = connection
-        instance._session = Session(instance, connection, layer, channels)
-        instance.layer = layer
-        _fastapi.on_exit(websocket, instance._session.leave)
-        if failure is not None:
-            raise failure  # here, where it is answered like what `connect` raises
-        return instance._session
+        session = await sessions.begin(websocket)
+        _fastapi.on_exit(websocket, session.leave)
+        await session.admit()
+        return session
 
     return session
 
@@ -130,20 +185,6 @@ async def _failure_of(call: Callable[[], Awaitable[None]]) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _limits(consumer: type[WebSocketConsumer], channels: Channels) -> Limits:
-    def setting(name: str) -> Any:
-        own = getattr(consumer, name)
-        return getattr(channels.settings, name) if own is None else own
-
-    return Limits(
-        outbox_frames=setting("outbox_frames"),
-        outbox_bytes=setting("outbox_bytes"),
-        overflow=setting("overflow"),
-        max_frame_size=setting("max_frame_size"),
-        reject_mode=setting("reject_mode"),
-    )
 
 
 class ConsumerApp:

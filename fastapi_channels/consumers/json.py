@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 from typing_extensions import override
 
+from fastapi_channels.connection import State
 from fastapi_channels.consumers.base import WebSocketConsumer
+from fastapi_channels.consumers.session import AUTH
 from fastapi_channels.dependencies import Plan
 from fastapi_channels.exceptions import DefinitionError, InvalidFrame
 
@@ -22,6 +25,8 @@ class JsonConsumer(WebSocketConsumer):
     dict. Other parameters of it are `Depends`, resolved for each frame. A frame that is not JSON or doesn't fit is
     answered with an error frame. A binary frame is JSON in UTF-8.
     """
+
+    _renewing: asyncio.Task[None] | None = None
 
     @classmethod
     @override
@@ -44,6 +49,38 @@ class JsonConsumer(WebSocketConsumer):
             raise InvalidFrame(f"the frame is not JSON: {error}") from error
 
     @override
+    def _handle_at_once(self, parsed: Any) -> bool:
+        if not self._is_auth(parsed) or not self._can_renew:
+            return False
+        self._renewing = self._session.start(self._renew(parsed))
+        return True
+
+    @override
     def _handle_frame(self, parsed: Any) -> Awaitable[Any]:
+        return self._renew(parsed) if self._is_auth(parsed) else super()._handle_frame(parsed)
+
+    def _is_auth(self, parsed: Any) -> bool:
+        """Whether a frame brings a new token; where nobody looks for tokens it is like any other."""
+        return self._session.gate.authenticates and isinstance(parsed, dict) and parsed.get("action") == AUTH
+
+    @property
+    def _can_renew(self) -> bool:
+        """Whether a new token may be taken beside the frames: one at a time, and while there is somebody to answer."""
+        is_renewing = self._renewing is not None and not self._renewing.done()
+        return self._connection.state is State.OPEN and not is_renewing
+
+    async def _renew(self, frame: dict[str, Any]) -> None:
+        request_id, data = frame.get("request_id"), frame.get("data", frame)
+        try:
+            await self._session.gate.pass_frame(self.websocket, None, is_control=True)
+            if self._connection.closed_here:  # meanwhile
+                return
+            told = await self._session.renew(data.get("token") if isinstance(data, dict) else None)
+            await self._reply_ok(AUTH, request_id, told)
+        except Exception as error:
+            await self._session.answer_error(error, AUTH, request_id)
+
+    @override
+    def _begin_receive(self, parsed: Any) -> Awaitable[Any]:
         plan = self._receive_plan
         return plan.begin(self, plan.validate(parsed), self._session.handshake)

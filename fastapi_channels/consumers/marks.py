@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 
 from fastapi_channels.exceptions import DefinitionError
 
-__all__ = ["ActionMark", "EventMark", "action", "event", "marked"]
+__all__ = ["ActionMark", "EventMark", "action", "event", "mark", "marked", "marks_of"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Mark = TypeVar("Mark")
@@ -33,6 +33,8 @@ class ActionMark:
     """What `@action` says; see there."""
 
     name: str | None = None
+    permission_classes: tuple[Any, ...] = ()
+    throttle_classes: tuple[Any, ...] = ()
     concurrency: int = 1
     timeout: float | None = None
     deprecated: bool = False
@@ -56,8 +58,8 @@ def event(type: Any = None, /) -> Any:
             each underscore.
     """
     if not (type is None or isinstance(type, str)):
-        return _add(type, EventMark())
-    return lambda method: _add(method, EventMark(type))
+        return mark(type, EventMark())
+    return lambda method: mark(method, EventMark(type))
 
 
 @overload
@@ -67,6 +69,8 @@ def action(
     name: str | None = None,
     /,
     *,
+    permission_classes: Sequence[Any] = (),
+    throttle_classes: Sequence[Any] = (),
     concurrency: int = 1,
     timeout: float | None = None,
     deprecated: bool = False,
@@ -77,6 +81,8 @@ def action(
     name: Any = None,
     /,
     *,
+    permission_classes: Sequence[Any] = (),
+    throttle_classes: Sequence[Any] = (),
     concurrency: int = 1,
     timeout: float | None = None,
     deprecated: bool = False,
@@ -90,6 +96,8 @@ def action(
 
     Args:
         name: What clients call it; the method's name by default.
+        permission_classes: Who may call it, of those who may send frames at all; see `permissions`.
+        throttle_classes: How often, besides how often frames may be sent; see `throttling`.
         concurrency: How many calls of it run at once on one connection. With 1 the next frame waits for the reply; with
             more, later frames of any action go on meanwhile.
         timeout: After how many seconds a call is cancelled and answered with `timeout`; None for never.
@@ -101,19 +109,25 @@ def action(
         protocol.md, 1.
     """
     if not (name is None or isinstance(name, str)):
-        return _add(name, ActionMark())
+        return mark(name, ActionMark())
     if concurrency < 1:
         raise DefinitionError(f"an action's concurrency is at least 1, not {concurrency}")
     if timeout is not None and timeout <= 0:
         raise DefinitionError(f"an action's timeout is more than 0 seconds, not {timeout}")
-    mark = ActionMark(name, concurrency, timeout, deprecated, summary, tuple(tags))
-    return lambda method: _add(method, mark)
+    rules = tuple(permission_classes), tuple(throttle_classes)
+    what = ActionMark(name, *rules, concurrency, timeout, deprecated, summary, tuple(tags))
+    return lambda method: mark(method, what)
 
 
-def _add(method: Any, mark: Any) -> Any:
+def mark(method: Any, what: Any) -> Any:
+    """Put a mark on a function, and return it.
+
+    Raises:
+        DefinitionError: It is none.
+    """
     if not inspect.isfunction(method):
         raise DefinitionError(f"@event and @action are for methods, not for a {type(method).__name__}")
-    setattr(method, _MARKS, (*getattr(method, _MARKS, ()), mark))
+    setattr(method, _MARKS, (*getattr(method, _MARKS, ()), what))
     return method
 
 
@@ -128,7 +142,7 @@ def marked(cls: type, kind: type[Mark], reserved: frozenset[str]) -> Iterator[tu
     attributes = {name: None for base in reversed(cls.__mro__) for name in vars(base)}
     for name in attributes:
         definers = [base for base in cls.__mro__ if name in vars(base)]
-        marks = [(base, _marks_of(vars(base)[name], kind)) for base in definers]
+        marks = [(base, marks_of(vars(base)[name], kind)) for base in definers]
         claims = [(base, found) for base, found in marks if found]
         if not claims:
             continue
@@ -149,6 +163,7 @@ def marked(cls: type, kind: type[Mark], reserved: frozenset[str]) -> Iterator[tu
             yield name, function, mark
 
 
-def _marks_of(value: Any, kind: type[Mark]) -> list[Mark]:
+def marks_of(value: Any, kind: type[Mark]) -> list[Mark]:
+    """The marks of a kind that a function has, in the order in which they were put on it."""
     function = getattr(value, "__func__", value)  # of a static or class method
     return [mark for mark in getattr(function, _MARKS, ()) if isinstance(mark, kind)]

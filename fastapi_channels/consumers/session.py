@@ -8,37 +8,57 @@ through one door: what runs is ended, `disconnect` is called once, and the membe
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
+import math
 from collections.abc import Awaitable, Coroutine, Mapping
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from pydantic_core import from_json
+from starlette.websockets import WebSocket
 from typing_extensions import override
 
-from fastapi_channels._tasks import Lane, LaneFull, in_thread
-from fastapi_channels.answers import Answer, answer_to, ask_application
+from fastapi_channels._tasks import Lane, LaneFull, call
+from fastapi_channels.answers import Answer, answer_to, ask_application, close_code_of, refusal
 from fastapi_channels.application import Channels
+from fastapi_channels.authentication import BEARER, user_id_of
 from fastapi_channels.connection import Connection, State
+from fastapi_channels.consumers.watch import Watch
 from fastapi_channels.dependencies import Handshake
-from fastapi_channels.exceptions import ConsumerError, FrameTooLarge, InvalidMessage
+from fastapi_channels.exceptions import (
+    AuthenticationFailed,
+    ConsumerError,
+    FrameTooLarge,
+    InvalidMessage,
+    NotAuthenticated,
+    Throttled,
+    TooManyConnections,
+)
+from fastapi_channels.gate import Gate
 from fastapi_channels.layers import ChannelLayer, Envelope
-from fastapi_channels.layers.envelope import CLOSE, SEND
+from fastapi_channels.layers.envelope import CLOSE, SEND, checked_close_code
+from fastapi_channels.pace import Pace
 
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
 
-__all__ = ["DEALT_WITH", "Session", "checked_close_code"]
+__all__ = ["AUTH", "Session", "is_request_id"]
 
 logger = logging.getLogger("fastapi_channels")
 
 #: How many seconds what has arrived, or is being handled, has to be finished when the connection ends.
 GRACE = 1.0
 
-#: What `_parse_frame` returns of a frame that has been dealt with already.
-DEALT_WITH: Any = object()
+#: In how many seconds MAX_VIOLATIONS are too many.
+MINUTE = 60.0
+
+#: How many seconds a client has for its first frame if that has to be its token, and no setting says.
+TOKEN_TIMEOUT = 10.0
+
+#: The action of the frame that brings a token: the first on a consumer with `token_in_first_frame`, any on one with
+#: actions.
+AUTH = "$auth"
 
 #: How many bytes of frames wait to be handled, in terms of the largest frame.
 INBOX_FRAMES_OF_MAX_SIZE = 4
@@ -52,6 +72,7 @@ class Session:
         connection: Its client.
         layer: Where it has its channel.
         channels: The application's.
+        gate: What the client, and its frames, have to pass.
     """
 
     __slots__ = (
@@ -60,22 +81,36 @@ class Session:
         "_frames",
         "_handshake",
         "_has_complained",
+        "_has_heard",
+        "_identity",
+        "_pace",
+        "_places",
+        "_revoked",
+        "_token_request_id",
+        "_user_id",
+        "_violations",
+        "_watch",
         "channel_name",
         "channels",
         "connection",
         "consumer",
+        "failure",
+        "gate",
         "layer",
         "tasks",
     )
 
     def __init__(
-        self, consumer: WebSocketConsumer, connection: Connection, layer: ChannelLayer, channels: Channels
+        self, consumer: WebSocketConsumer, connection: Connection, layer: ChannelLayer, channels: Channels, gate: Gate
     ) -> None:
+        self.gate = gate
         self.consumer = consumer
         self.connection = connection
         self.layer = layer
         self.channels = channels
         self.channel_name = ""
+        #: Why the layers could not be opened; answered like what `connect` raises.
+        self.failure: Exception | None = None
         self._handshake: Handshake | None = None
         #: Calls that run beside the frames, as `@action(concurrency=n)` has them.
         self.tasks: set[asyncio.Task[None]] | None = None
@@ -83,6 +118,123 @@ class Session:
         self._context: Context | None = None
         self._answer: Answer | None = None
         self._has_complained = False
+        #: Whether the client has sent a frame before it was watched for that.
+        self._has_heard = False
+        self._token_request_id: Any = None
+        #: Held while it is asked whether the client may be here: who it is must not change meanwhile.
+        self._identity: asyncio.Lock | None = None
+        #: The code and the reason of a revocation before the handshake was answered.
+        self._revoked: tuple[int, str] | None = None
+        self._watch: Watch | None = None
+        limits = connection.limits
+        is_paced = limits.max_frames_per_second is not None or limits.max_bytes_per_second is not None
+        self._pace = Pace(limits.max_frames_per_second, limits.max_bytes_per_second) if is_paced else None
+        #: The keys of the places it holds.
+        self._places: tuple[str, ...] = ()
+        #: Whose connection it is, as the layer has been told.
+        self._user_id: str | None = None
+        #: Since when refused frames are counted, and how many there were.
+        self._violations = (0.0, 0)
+
+    # The gate
+
+    @property
+    def websocket(self) -> WebSocket:
+        """Starlette's."""
+        return self.connection.websocket
+
+    async def admit(self) -> None:
+        """Let the client through the gate.
+
+        Raises:
+            ConsumerError: It is refused.
+            LayerUnavailable: The layers could not be opened.
+        """
+        if self.failure is not None:
+            raise self.failure
+        with self.channels.in_force():
+            await self.gate.admit(self)
+            if self._has_heard:
+                await self.consumer._reply_ok(AUTH, self._token_request_id, self._told_of_expiry)
+
+    async def occupy(self, key: str, limit: int) -> None:
+        """Take a place of which there are so many, over all processes, until the connection ends.
+
+        Args:
+            key: What there are so many places of.
+            limit: How many.
+
+        Raises:
+            TooManyConnections: There is none left.
+            LayerUnavailable: Nobody can say, and THROTTLE_ON_ERROR is "deny".
+        """
+        if key in self._places:
+            return
+        if not await self.channels.leases.acquire(key, self._name(), limit):
+            raise TooManyConnections("there are too many connections")
+        self._places += (key,)
+
+    async def vacate(self, key: str) -> None:
+        """Give a place back before the connection ends; does nothing if it has none of that key."""
+        if key in self._places:
+            self._places = tuple(place for place in self._places if place != key)
+            await self.channels.leases.release(key, self.channel_name)
+
+    def unidentified(self) -> None:
+        """The user is not known after all."""
+        if self._user_id is not None:
+            self.layer.user_discard(self._user_id, self.channel_name)
+            self._user_id = None
+
+    async def identified(self) -> None:
+        """The user is known from now on: it can be disconnected from anywhere."""
+        user_id = user_id_of(self.websocket)
+        if user_id is not None:
+            await self.layer.user_add(user_id, self._name(), self._revoke)
+            self._user_id = user_id
+
+    async def first_token(self) -> str:
+        """Accept, and take the token that the client sends as its first frame.
+
+        Raises:
+            NotAuthenticated: It sent another frame, or none in time.
+        """
+        await self._accept()
+        frame: str | bytes | None = None
+        try:
+            async with asyncio.timeout(self.connection.limits.first_frame_timeout or TOKEN_TIMEOUT):
+                frame = await self.connection.read_one()
+        except TimeoutError:
+            raise NotAuthenticated("no token came in time") from None
+        if frame is None or _size_of(frame) > self.connection.limits.max_frame_size:
+            raise NotAuthenticated("no token came")
+        try:
+            content = from_json(frame)
+        except ValueError:
+            content = None
+        match content:
+            case {"action": "$auth", "data": {"token": str(token)}} | {"action": "$auth", "token": str(token)} if token:
+                self._has_heard = True
+                if is_request_id(content.get("request_id")):
+                    self._token_request_id = content["request_id"]
+                return token
+        raise NotAuthenticated("the first frame has to be $auth, with a token")
+
+    def _name(self) -> str:
+        """The name of its channel, which it has from when somebody asks for it."""
+        if not self.channel_name:
+            self.channel_name = self.layer.attach(self.connection)
+        return self.channel_name
+
+    def _revoke(self, code: int, reason: str) -> None:
+        """Close the connection, wherever it is in its life."""
+        if self.connection.state is State.CONNECTING:
+            self._revoked = code, reason
+            _ = self.start(self.connection.refuse(refusal(code, reason)))
+        else:
+            self.connection.close_soon(code, reason)
+
+    # The life
 
     async def serve(self, values: Mapping[str, Any]) -> None:
         """Live the whole life: `connect` with these arguments, frames and events, `disconnect`.
@@ -91,10 +243,12 @@ class Session:
             Exception: What `connect` raised; the connection, if it was open, has been closed for it.
         """
         connection = self.connection
+        if connection.state not in (State.CONNECTING, State.OPEN):
+            return  # it was disconnected while it stood at the gate
         has_grace = True
         connection.taker = self.deliver
         connection.forwards = self.consumer._is_forwarded
-        self.channel_name = self.consumer.channel_name = self.layer.attach(connection)
+        self.consumer.channel_name = self._name()
         self.consumer.groups = self.layer.groups_of(self.channel_name)
         try:
             await self._open(values)
@@ -123,6 +277,7 @@ class Session:
                     await self.layer.group_add(group, self.channel_name)
             if connection.state is State.CONNECTING:
                 await self.accept()
+            self._begin_watch()
         if connection.lane is not None:
             connection.lane.context = self._context  # it may have been opened by an accept() in the midst of connect
         if self._frames is not None:
@@ -138,16 +293,21 @@ class Session:
         return task
 
     async def _connect(self, values: Mapping[str, Any]) -> None:
-        connect = self.consumer.connect
-        if inspect.iscoroutinefunction(connect):
-            await connect(**values)
-        else:
-            await in_thread(connect, **values)
+        await call(self.consumer.connect, **values)
 
     async def accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         """Answer the handshake with yes; the events that have come meanwhile follow."""
+        await self._accept(subprotocol, headers)
+        self._begin_watch()
+
+    async def _accept(self, subprotocol: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         self.connection.context = self.connection.crew.context()
+        offered = self.connection.websocket.scope.get("subprotocols")
+        if subprotocol is None and self.gate.authenticates and offered and offered[0].lower() == BEARER:
+            subprotocol = offered[0]  # browsers hang up on a handshake that answers none of theirs
         await self.connection.accept(subprotocol, headers)
+        if self._revoked is not None:  # while it was being accepted, too late to refuse it
+            self.connection.close_soon(*self._revoked)
         if self.connection.lane is not None:
             self.connection.lane.open(self.connection.context)
 
@@ -164,7 +324,12 @@ class Session:
         """Take a frame from the client; returns what to wait for if the inbox is full."""
         if self.connection.state not in (State.CONNECTING, State.OPEN):
             return None
-        size = len(frame) if isinstance(frame, bytes) or frame.isascii() else len(frame.encode("utf-8", "replace"))
+        size = _size_of(frame)
+        if self._watch is None:
+            self._has_heard = True
+        else:
+            self._watch.heard()
+        wait = 0.0 if self._pace is None else self._pace.wait(self.connection.crew.loop.time(), size)
         item: Any
         if size > self.connection.limits.max_frame_size:
             item = FrameTooLarge(f"a frame has at most {self.connection.limits.max_frame_size} bytes, not {size}")
@@ -174,8 +339,11 @@ class Session:
                 item = self.consumer._parse_frame(frame)
             except ConsumerError as error:
                 item = error
-            if item is DEALT_WITH:
-                return None
+        if wait > 0:
+            throttled = Throttled(retry_after=math.ceil(wait * 1000) / 1000)
+            item = throttled if isinstance(item, ConsumerError) else self.consumer._refused(item, throttled)
+        elif not isinstance(item, ConsumerError) and self.consumer._handle_at_once(item):
+            return None
         if self._frames is None:
             self._frames = FrameLane(self)
             if self._context is not None:
@@ -184,6 +352,60 @@ class Session:
         self._frames.size += size
         return self._frames.room() if self._frames.is_full else None
 
+    def _begin_watch(self) -> None:
+        """Watch, from when the connection is open, what may end it by itself."""
+        if self._watch is None and self.connection.state is State.OPEN and Watch.is_needed(self):
+            self._watch = Watch(self, has_heard=self._has_heard)
+
+    async def ask_again(self) -> None:
+        """Ask whether the client may still be here.
+
+        Raises:
+            ConsumerError: It may not.
+        """
+        with self.channels.in_force():
+            async with self._same_identity():
+                await self.gate.ask_again(self.websocket)
+
+    async def renew(self, token: Any) -> dict[str, Any]:
+        """Take a new token from the client.
+
+        Returns:
+            What it is told: when the new credentials expire.
+        """
+        with self.channels.in_force():
+            async with self._same_identity():
+                await self.gate.renew(self, token)
+        if self._watch is None:
+            self._begin_watch()
+        else:
+            self._watch.watch_expiry()
+        return self._told_of_expiry
+
+    @property
+    def _told_of_expiry(self) -> dict[str, Any]:
+        return {"expires_at": getattr(self.consumer.auth, "expires_at", None)}
+
+    def _same_identity(self) -> asyncio.Lock:
+        if self._identity is None:
+            self._identity = asyncio.Lock()
+        return self._identity
+
+    async def _refuse_frame(self, error: ConsumerError) -> None:
+        """Raise what is wrong with a frame, unless it is refused for another reason: invalid frames count too."""
+        if self.gate.asks_of_frames and not isinstance(error, Throttled):
+            await self.gate.pass_frame(self.websocket, None)
+        raise error
+
+    def _note_violation(self) -> None:
+        """Count that a frame was held back, or brought a wrong token; a client of too many is closed with 4029."""
+        allowed = self.connection.limits.max_violations
+        now = self.connection.crew.loop.time()
+        since, count = self._violations
+        self._violations = (since, count + 1) if now - since < MINUTE else (now, 1)
+        if allowed is not None and self._violations[1] > allowed:
+            self.connection.close_soon(close_code_of(Throttled.status_code), "too many frames were refused")
+
     @property
     def waiting_frames(self) -> list[Any]:
         """What `_parse_frame` made of the frames that wait to be handled, oldest first."""
@@ -191,6 +413,8 @@ class Session:
 
     async def answer_error(self, error: Exception, action: str | None = None, request_id: Any = None) -> None:
         """Tell the client of an error, and the log if it was none that is raised to be told."""
+        if isinstance(error, Throttled | AuthenticationFailed):
+            self._note_violation()
         answer = await ask_application(self.connection.websocket, error)
         if not answer.is_expected and answer.response is None:
             logger.error("%s failed on a frame", type(self.consumer).__qualname__, exc_info=error)
@@ -237,6 +461,8 @@ class Session:
 
     async def _end(self, *, has_grace: bool) -> None:
         """End what runs, call `disconnect`, leave the groups; each whatever became of the one before."""
+        if self._watch is not None:
+            self._watch.cancel()
         own = self.consumer.drain_timeout
         timeout = self.channels.settings.drain_timeout if own is None else own
         try:
@@ -266,8 +492,13 @@ class Session:
 
     @property
     def _is_idle(self) -> bool:
-        lanes = (self._frames, self.connection.lane)
-        return not self.tasks and not any(lane is not None and lane.is_active for lane in lanes)
+        lane = self.connection.lane
+        return not self.is_serving and (lane is None or not lane.is_active)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a frame of the client's is being handled, or waits for that."""
+        return bool(self.tasks) or (self._frames is not None and self._frames.is_active)
 
     async def _idle(self) -> None:
         for lane in (self._frames, self.connection.lane):
@@ -282,10 +513,7 @@ class Session:
         arguments = (self.connection.close_code, self.connection.close_reason)[: consumer._disconnect_arguments]
         with anyio.move_on_after(timeout, shield=True) as deadline, self.channels.in_force():
             try:
-                if inspect.iscoroutinefunction(consumer.disconnect):
-                    await consumer.disconnect(*arguments)
-                else:
-                    await in_thread(consumer.disconnect, *arguments)
+                await call(consumer.disconnect, *arguments)
             except Exception:
                 logger.exception("the disconnect hook of %s failed", name)
         if deadline.cancelled_caught:
@@ -296,11 +524,31 @@ class Session:
 
         An error that was raised to be told ends here. Any other goes on: the server logs it.
         """
-        if not isinstance(error, Exception):
-            return False
-        answer = self._answer or await ask_application(self.connection.websocket, error)
-        await self.connection.refuse(answer)
+        try:
+            if not isinstance(error, Exception):
+                return False
+            answer = self._answer or await ask_application(self.connection.websocket, error)
+            await self.connection.refuse(answer)
+            await self.connection.close(answer.close_code, answer.reason)
+        finally:
+            if self.channel_name:
+                with anyio.CancelScope(shield=True):
+                    await self._give_back()
         return answer.is_expected or answer.response is not None
+
+    async def _give_back(self) -> None:
+        """Let go of what the connection had outside of itself."""
+        if self.tasks:  # the refusal of a client that was disconnected at the gate
+            await asyncio.wait(self.tasks, timeout=GRACE)
+        self.unidentified()
+        for key in self._places:
+            await self.vacate(key)
+        await self.layer.detach(self.channel_name)
+
+
+def _size_of(frame: str | bytes) -> int:
+    """The bytes of a frame, as it came in."""
+    return len(frame) if isinstance(frame, bytes) or frame.isascii() else len(frame.encode("utf-8", "replace"))
 
 
 class FrameLane(Lane[tuple[Any, int]]):
@@ -327,7 +575,7 @@ class FrameLane(Lane[tuple[Any, int]]):
         if self._session.connection.closed_here:
             return None
         if isinstance(frame, ConsumerError):
-            raise frame
+            return self._session._refuse_frame(frame)
         return self._session.consumer._handle_frame(frame)
 
     @override
@@ -395,15 +643,8 @@ class EventLane(Lane[Envelope]):
             raise InvalidMessage("websocket.send has either a text (str) or bytes")
 
 
-def checked_close_code(code: Any) -> int:
-    """Return `code` if an application may close with it.
-
-    Raises:
-        ValueError: RFC 6455 7.4 doesn't let it.
-    """
-    if isinstance(code, int) and not isinstance(code, bool):
-        if 1000 <= code <= 1014 and code not in (1004, 1005, 1006):
-            return code
-        if 3000 <= code <= 4999:
-            return code
-    raise ValueError(f"a close code is 1000-1014 without 1004-1006, or 3000-4999, not {code!r}")
+def is_request_id(value: Any) -> bool:
+    """Whether it can be given back as it came: a string, or a number that isn't too large for one."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)

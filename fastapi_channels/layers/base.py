@@ -21,10 +21,13 @@ from typing import Any, Self, TypeVar, final
 from fastapi_channels._tasks import Crew, Lane, rest_of, run_blocking
 from fastapi_channels.exceptions import ChannelFull, InvalidGroupName, LayerUnavailable
 from fastapi_channels.layers.counters import Counters
-from fastapi_channels.layers.envelope import CLOSE, Envelope, Message
+from fastapi_channels.layers.envelope import CLOSE, Envelope, Message, checked_close_code
 from fastapi_channels.layers.inbox import Inbox
+from fastapi_channels.layers.leases import Leases, MemoryLeases
+from fastapi_channels.layers.limiter import Limiter, MemoryLimiter
 from fastapi_channels.layers.names import checked_name
 from fastapi_channels.layers.sink import Sink
+from fastapi_channels.layers.users import DISCONNECT, USERS_GROUP, Close, Users
 
 __all__ = ["ChannelLayer", "Health", "Receipt", "SyncChannelLayer"]
 
@@ -126,6 +129,8 @@ class ChannelLayer(ABC):
         self._groups: dict[str, dict[str, Sink]] = {}
         self._subscribed: set[str] = set()
         self._turns: dict[str, _Turn] = {}
+        self._users = Users()
+        self._users_channel = ""
         self._watching: asyncio.Task[None] | None = None
         self._is_ready = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -201,6 +206,7 @@ class ChannelLayer(ABC):
         self._groups.clear()
         self._subscribed.clear()
         self._turns.clear()
+        self._forget_users()
         try:
             await self._disconnect()
         finally:
@@ -214,6 +220,7 @@ class ChannelLayer(ABC):
         self._groups.clear()
         self._subscribed.clear()
         self._turns.clear()
+        self._forget_users()
 
     def _lock_of(self, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
         """Held while it opens or closes."""
@@ -258,6 +265,14 @@ class ChannelLayer(ABC):
                 for attached in list(self._attached.values()):
                     if not isinstance(attached.sink, Inbox):
                         attached.sink.deliver(envelope)
+
+    def new_limiter(self) -> Limiter:
+        """What counts for throttles: for all processes that share its broker, or for this one."""
+        return MemoryLimiter()
+
+    def new_leases(self) -> Leases:
+        """What counts connections: those of all processes that share its broker, or of this one."""
+        return MemoryLeases()
 
     @property
     def crew(self) -> Crew:
@@ -367,7 +382,9 @@ class ChannelLayer(ABC):
             InvalidGroupName: Not a group name.
             ValueError: The channel is not one of this process's.
         """
-        checked_name(group)
+        await self._join(checked_name(group), channel)
+
+    async def _join(self, group: str, channel: str) -> None:
         self._now()
         member = self._member(channel)
         if group in member.groups:
@@ -425,10 +442,55 @@ class ChannelLayer(ABC):
     async def flush(self) -> None:
         """Drop every message and membership; consumers stay attached to their channels."""
         for channel, attached in list(self._attached.items()):
-            for group in list(attached.groups):
+            for group in list(attached.groups if channel != self._users_channel else ()):
                 await self.group_discard(group, channel)
             if isinstance(attached.sink, _Mailbox):
                 await self.detach(channel)
+
+    # Users
+
+    async def user_add(self, user_id: str, channel: str, close: Close) -> None:
+        """Note whose connection a channel is; when it returns, `disconnect_user` reaches it from every process.
+
+        Args:
+            user_id: Whose.
+            channel: Its name.
+            close: Closes the connection, with a code and a reason.
+
+        Raises:
+            LayerUnavailable: The broker is away, and this process doesn't hear of users yet.
+        """
+        if not self._users_channel:
+            self._users_channel = self.attach(self._users)
+        await self._join(USERS_GROUP, self._users_channel)
+        self._users.add(user_id, channel, close)
+
+    def user_discard(self, user_id: str, channel: str) -> None:
+        """Forget whose connection a channel is."""
+        self._users.discard(user_id, channel)
+
+    @final
+    async def disconnect_user(self, user_id: str, code: int = 4503, reason: str = "") -> None:
+        """Close every connection of a user to consumers on this layer, in every process.
+
+        What keeps the user from coming back is the application's: tell whoever asks for permission first, and
+        disconnect then.
+
+        Args:
+            user_id: As `str(user.id)`, or as the consumer's `user_id()` says.
+            code: RFC 6455 7.4, or 3000-4999.
+            reason: What does not fit into 123 bytes is cut off.
+
+        Raises:
+            ValueError: Nobody may close with that code.
+            LayerUnavailable: The layer is closed, or its broker can't be reached.
+        """
+        order = {"type": DISCONNECT, "user": str(user_id), "code": checked_close_code(code), "reason": reason}
+        await self._publish(USERS_GROUP, self._envelope(order), (), None)
+
+    def _forget_users(self) -> None:
+        self._users_channel = ""
+        self._users.clear()
 
     # What a backend carries
 
@@ -631,6 +693,10 @@ class SyncChannelLayer:
         return self._run(
             lambda: self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
         )
+
+    def disconnect_user(self, user_id: str, code: int = 4503, reason: str = "") -> None:
+        """See `ChannelLayer.disconnect_user`."""
+        self._run(lambda: self._layer.disconnect_user(user_id, code, reason))
 
     def flush(self) -> None:
         """See `ChannelLayer.flush`."""

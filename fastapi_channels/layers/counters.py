@@ -21,6 +21,7 @@ class Counters:
         too_slow: Connections closed with 4008.
         gaps: How often this process was deaf for a while, since its connection to the broker was lost; what was sent
             to plain groups meanwhile may be lost.
+        uncounted: Frames, connections and requests that throttles couldn't count, since their Redis was away.
         unreadable: Messages from the broker that aren't ours, or are encrypted with other keys.
     """
 
@@ -32,4 +33,5 @@ class Counters:
     unreachable: int = 0
     too_slow: int = 0
     gaps: int = 0
+    uncounted: int = 0
     unreadable: int = 0

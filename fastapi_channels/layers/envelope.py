@@ -118,3 +118,17 @@ def _with_base64(message: Message) -> Message:
 
 def _shown(message: object) -> str:
     return f"a dict with the keys {sorted(map(str, message))}" if isinstance(message, Mapping) else repr(type(message))
+
+
+def checked_close_code(code: Any) -> int:
+    """Return `code` if an application may close with it.
+
+    Raises:
+        ValueError: RFC 6455 7.4 doesn't let it.
+    """
+    if isinstance(code, int) and not isinstance(code, bool):
+        if 1000 <= code <= 1014 and code not in (1004, 1005, 1006):
+            return code
+        if 3000 <= code <= 4999:
+            return code
+    raise ValueError(f"a close code is 1000-1014 without 1004-1006, or 3000-4999, not {code!r}")

@@ -39,6 +39,9 @@ SCHEMES = {
     **dict.fromkeys(["postgres", "postgresql", "kafka", "redis-stream"], "BroadcasterLayer"),
 }
 
+#: The schemes that have a layer; to add_channel, any other is `broadcaster`'s.
+LAYER_SCHEMES = frozenset({"memory", *SCHEMES})
+
 _dotted_path: TypeAdapter[Any] = TypeAdapter(ImportString)
 
 #: What an entry of CHANNEL_LAYERS may be.

@@ -18,6 +18,7 @@ from fastapi_channels.layers.base import ChannelLayer, Receipt
 from fastapi_channels.layers.envelope import Envelope, Message
 from fastapi_channels.layers.factory import LayerSpec, make_layer
 from fastapi_channels.layers.names import checked_name
+from fastapi_channels.layers.users import DISCONNECT
 from fastapi_channels.settings import ChannelsSettings
 
 __all__ = ["AsyncPublisher", "Publisher"]
@@ -75,6 +76,11 @@ class AsyncPublisher:
         """See `ChannelLayer.group_send`."""
         await self._opened(group, message)
         return await self._layer.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
+
+    async def disconnect_user(self, user_id: str, code: int = 4503, reason: str = "") -> None:
+        """See `ChannelLayer.disconnect_user`."""
+        await self._opened("users", {"type": DISCONNECT})
+        await self._layer.disconnect_user(user_id, code, reason)
 
     async def close(self) -> None:
         """Disconnect; a later send connects anew."""
@@ -155,6 +161,10 @@ class Publisher:
         return self._run(
             lambda publisher: publisher.group_send(group, message, exclude=exclude, idempotency_key=idempotency_key)
         )
+
+    def disconnect_user(self, user_id: str, code: int = 4503, reason: str = "") -> None:
+        """See `ChannelLayer.disconnect_user`."""
+        self._run(lambda publisher: publisher.disconnect_user(user_id, code, reason))
 
     def close(self) -> None:
         """Disconnect and end the thread, once the sends of other threads are through; a later send begins anew."""

@@ -1155,3 +1155,26 @@ async def test_a_deprecated_action_works() -> None:
 
     async with connect(app_with(Chat), "/ws") as ws:
         assert (await ask(ws, "old"))["data"] == "still here"
+
+
+async def test_more_errors_than_anybody_reads() -> None:
+    """Of a frame with hundreds of errors the client is told the number: the list would be far larger than the frame."""
+    async with connect(app_with(Data), "/ws") as ws:
+        for count, listed in ((100, 100), (101, 0)):
+            errors = (await ask(ws, "many", data=[1] * count))["errors"]
+            assert (errors["code"], len(errors["errors"])) == ("invalid_data", listed)
+            assert listed or "101 errors" in errors["detail"]
+
+
+async def test_a_watch_from_the_accept_on() -> None:
+    """What ends a connection by itself does so while `connect` goes on after its own accept, too."""
+
+    class Pushes(ActionConsumer):
+        idle_timeout = 0.05
+
+        async def connect(self) -> None:
+            await self.accept()
+            await asyncio.Event().wait()
+
+    async with connect(app_with(Pushes), "/ws") as ws:
+        assert (await ws.closed(timeout=5))[0] == 1001

@@ -197,7 +197,7 @@ def test_an_action_has_sensible_settings(options: dict[str, Any]) -> None:
 
 
 def test_what_this_version_can_not_keep_is_an_error() -> None:
-    """A misspelled or not yet supported argument of `@action` is a TypeError, and not taken in silence."""
+    """A misspelled argument of `@action`, or what is no permission and the like, is an error, and not silence."""
     with pytest.raises(TypeError):
         action(concurency=2)  # type: ignore[call-overload]
     for name in ("permission_classes", "throttle_classes", "authentication_classes"):

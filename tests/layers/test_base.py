@@ -7,7 +7,7 @@ import pytest
 
 from fastapi_channels.layers import ChannelFull, Counters, Envelope, MemoryLayer, Sink
 from fastapi_channels.layers.base import SWEEP
-from tests.layers.conftest import Forward
+from tests.conftest import Forward
 
 MESSAGE = {"type": "x"}
 

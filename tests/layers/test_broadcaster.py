@@ -23,7 +23,7 @@ from fastapi_channels.layers.publisher import AsyncPublisher
 from fastapi_channels.testing import LayerContract, RedisServer
 from fastapi_channels.testing.server import free_port
 from tests.brokers import Postgres, ask, redis7, tls_server
-from tests.layers.conftest import Forward
+from tests.conftest import Forward
 
 MESSAGE = {"type": "x"}
 MARKER = {"type": "marker"}

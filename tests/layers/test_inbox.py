@@ -6,7 +6,7 @@ import pytest
 
 from fastapi_channels.layers import Counters, Envelope
 from fastapi_channels.layers.inbox import Inbox
-from tests.layers.conftest import Forward
+from tests.conftest import Forward
 
 
 def envelope(number: int, expires: float = float("inf")) -> Envelope:

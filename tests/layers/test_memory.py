@@ -8,7 +8,7 @@ import pytest
 from fastapi_channels.layers import ChannelLayer, Counters, MemoryLayer
 from fastapi_channels.layers.base import SWEEP
 from fastapi_channels.testing import LayerContract
-from tests.layers.conftest import Forward
+from tests.conftest import Forward
 
 MESSAGE = {"type": "x"}
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,11 @@ from typing_extensions import override
 from fastapi_channels.exceptions import ChannelFull, InvalidMessage, LayerUnavailable, UnreadableMessage
 from fastapi_channels.layers.base import REMEMBERED, SWEEP, ChannelLayer, Health, Receipt, closed
 from fastapi_channels.layers.envelope import Envelope
+from fastapi_channels.layers.leases import Leases
+from fastapi_channels.layers.limiter import Limiter
 from fastapi_channels.layers.names import checked_name
+from fastapi_channels.layers.redis.leases import RedisLeases
+from fastapi_channels.layers.redis.limiter import RedisLimiter
 from fastapi_channels.layers.redis.link import Asked
 from fastapi_channels.layers.redis.links import Links
 from fastapi_channels.layers.redis.queue import FETCH, PUT, PUT_BACK, QueueReader
@@ -275,6 +280,30 @@ class RedisLayer(ChannelLayer):
     def _put_back(self, links: Links, name: str, element: bytes) -> asyncio.Future[Any]:
         key = self._queue_key(name)
         return links.ask(key, "EVAL", PUT_BACK, 1, key, element, self._servers.publish, self._queue_address(name))
+
+    # For what else is kept in Redis
+
+    @override
+    def new_limiter(self) -> Limiter:
+        return RedisLimiter(self.run_script)
+
+    @override
+    def new_leases(self) -> Leases:
+        return RedisLeases(self.run_script, lambda renewing: self.crew.start(renewing, Context()))
+
+    async def run_script(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
+        """Run a Lua script on the server that has a key.
+
+        Args:
+            script: Its text; `KEYS[1]` is the key, `ARGV` the arguments.
+            key: Its name, without the prefix; a tag in braces chooses the server in a Cluster.
+            arguments: Its arguments.
+
+        Raises:
+            LayerUnavailable: Redis is away, or the script failed.
+        """
+        key = f"{self.prefix}:{key}"
+        return await self._answer(self._connected().ask(key, "EVAL", script, 1, key, *arguments))
 
     # Names in Redis, and what is sent there
 
