@@ -29,6 +29,8 @@ def instance_of(cls: type[Made]) -> Made:
     Raises:
         DefinitionError: It can't be made without arguments, or is abstract.
     """
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise DefinitionError(f"{cls.__name__} defines no {' and no '.join(missing)}")
     try:
         return cls()
     except TypeError as error:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from types import ModuleType
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI
 
 from fastapi_channels._fastapi_limiter import mend_http_limiter
 from fastapi_channels.application import (
-    Callback,
     Channels,
-    Identifier,
-    Limiting,
     add_channel,
-    as_list,
     default_identifier,
     http_default_callback,
     make_channels,
     ws_default_callback,
 )
-from fastapi_channels.exceptions import SettingsError
 from fastapi_channels.permissions import AllowAny
 from fastapi_channels.settings import ChannelsSettings
 
@@ -101,67 +97,21 @@ class FastAPIChannel(metaclass=_Views):
     _running: AsyncExitStack | None = None
 
     @classmethod
-    async def init(
-        cls,
-        *,
-        url: str | None = None,
-        backend: Any = None,
-        broadcast: Any = None,
-        limiter_url: str | None = None,
-        limiter_backend: None = None,
-        storage: Any = None,
-        prefix: str = "fastapi-channel",
-        identifier: Identifier | None = None,
-        http_callback: Callback | None = None,
-        ws_callback: Callback | None = None,
-        permission_classes: Any = None,
-        throttle_classes: Any = None,
-        pagination_class: None = None,
-        query_token_key: str | None = None,
-        cookie_token_key: str | None = None,
-        debug: bool = False,
-    ) -> None:
+    async def init(cls, *, settings: str | ModuleType | None = None, **options: Any) -> None:
         """Open the layer, on the running event loop; to be called when the application starts, before any connection.
 
         Args:
-            url: As for `add_channel`, as are all others but these.
-            backend: See `url`.
-            broadcast: See `url`.
-            limiter_url: See `url`.
-            limiter_backend: Not supported: anything but None is an error.
-            storage: See `url`.
-            prefix: See `url`.
-            identifier: See `url`.
-            http_callback: See `url`.
-            ws_callback: See `url`.
-            permission_classes: See `url`.
-            throttle_classes: See `url`.
-            pagination_class: See `url`.
-            query_token_key: See `url`.
-            cookie_token_key: See `url`.
-            debug: Of no effect: what clients see of an internal error is what `app.debug` says.
+            settings: As for `add_channel`.
+            options: Likewise.
 
         Raises:
             SettingsError: A setting is wrong; the text names it and where it came from.
+            TypeError: An option that `add_channel` doesn't have.
             RuntimeError: It has been initialised already.
         """
         if cls._running is not None:
             raise RuntimeError("FastAPIChannel.init was called twice; close() it first")
-        if limiter_backend is not None:
-            raise SettingsError("limiter_backend is not supported: throttles count in the Redis of limiter_url")
-        channels = make_channels(
-            None,
-            {
-                "limiter_url": limiter_url,
-                "permission_classes": as_list(permission_classes),
-                "throttle_classes": as_list(throttle_classes),
-                "query_token_key": query_token_key,
-                "cookie_token_key": cookie_token_key,
-            },
-            Limiting(storage, prefix, identifier, http_callback, ws_callback),
-            layers=(url, backend, broadcast),
-            pagination_class=pagination_class,
-        )
+        channels = make_channels(settings, options)
         mend_http_limiter()
         running = cls._running = AsyncExitStack()
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 from weakref import WeakSet
@@ -385,19 +385,22 @@ def add_channel(
     if getattr(app.state, "channels", None) is not None:
         raise RuntimeError("add_channel was called twice on one application")
     options |= {
+        "url": url,
+        "backend": backend,
+        "broadcast": broadcast,
         "limiter_url": limiter_url,
-        "permission_classes": as_list(permission_classes),
-        "throttle_classes": as_list(throttle_classes),
+        "storage": storage,
+        "prefix": prefix,
+        "identifier": identifier,
+        "http_callback": http_callback,
+        "ws_callback": ws_callback,
+        "permission_classes": permission_classes,
+        "throttle_classes": throttle_classes,
+        "pagination_class": pagination_class,
         "query_token_key": query_token_key,
         "cookie_token_key": cookie_token_key,
     }
-    channels = make_channels(
-        settings,
-        options,
-        Limiting(storage, prefix, identifier, http_callback, ws_callback),
-        layers=(url, backend, broadcast),
-        pagination_class=pagination_class,
-    )
+    channels = make_channels(settings, options)
     app.add_middleware(ChannelsMiddleware, channels=channels)
     app.state.channels = channels
     if add_exception_handlers:
@@ -416,37 +419,30 @@ def add_channel(
     return channels
 
 
-def make_channels(
-    module: str | ModuleType | None,
-    options: Mapping[str, Any],
-    limiting: Limiting,
-    *,
-    layers: tuple[str | None, Any, Any] = (None, None, None),
-    pagination_class: Any = None,
-) -> Channels:
+def make_channels(module: str | ModuleType | None, options: Mapping[str, Any]) -> Channels:
     """The channels that `add_channel` and `FastAPIChannel.init` make of their arguments.
 
     Args:
         module: The settings module or its dotted path.
-        options: Settings by their lower-case name; None counts as not given.
-        limiting: What is not a setting of the limits.
-        layers: What the default layer is made of: a URL, or a backend or a `Broadcast` of `broadcaster`.
-        pagination_class: None.
+        options: The arguments of `add_channel` by name; None counts as not given.
 
     Raises:
         SettingsError: One of them is wrong, or can't be kept.
+        TypeError: There is no such argument.
     """
-    if pagination_class is not None:
+    given = dict(options)
+    if given.pop("pagination_class", None) is not None:
         raise SettingsError("pagination_class: there is no pagination in this version of fastapi-channels")
-    given = {
-        name: value for name, value in zip(("url", "backend", "broadcast"), layers, strict=True) if value is not None
-    }
-    if len(given) > 1:
-        raise SettingsError(f"{' and '.join(given)} both say what the default layer is: give one")
-    loaded = ChannelsSettings.load(module, options)
-    for name, value in given.items():
-        if "default" in (options.get("channel_layers") or {}):
-            raise SettingsError(f"{name} and channel_layers both say what the default layer is: give one")
+    layers = _taken(given, ("url", "backend", "broadcast"))
+    limiting = Limiting(**_taken(given, [field.name for field in fields(Limiting)]))
+    for name in ("permission_classes", "throttle_classes"):
+        if given.get(name) is not None and not isinstance(given[name], list | tuple):
+            given[name] = [given[name]]
+    names = [*layers, *(["channel_layers"] if "default" in (given.get("channel_layers") or {}) else [])]
+    if len(names) > 1 and layers:
+        raise SettingsError(f"{' and '.join(names)} both say what the default layer is: give one")
+    loaded = ChannelsSettings.load(module, given)
+    for name, value in layers.items():
         layer = _default_layer(name, value, loaded)
         loaded = loaded.model_copy(update={"channel_layers": {**loaded.channel_layers, "default": layer}})
     if not _fastapi_limiter.has_process_wide():
@@ -455,7 +451,12 @@ def make_channels(
                 raise SettingsError(f"{name} is for fastapi-limiter 0.1, which is not installed")
     elif limiting.http_callback is not None and limiting.storage is None and loaded.limiter_url is None:
         raise SettingsError("http_callback is for fastapi-limiter, which needs a limiter_url or a storage")
-    return Channels(loaded, limiting, broadcast=layers[2])
+    return Channels(loaded, limiting, broadcast=layers.get("broadcast"))
+
+
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take the options of these names out, and return those that are given."""
+    return {name: value for name in names if (value := options.pop(name, None)) is not None}
 
 
 def _default_layer(name: str, value: Any, settings: ChannelsSettings) -> ChannelLayer:
@@ -465,13 +466,6 @@ def _default_layer(name: str, value: Any, settings: ChannelsSettings) -> Channel
         spec = value
     with _told(name):
         return make_layer(spec, capacity=settings.capacity, expiry=settings.expiry)
-
-
-def as_list(classes: Any) -> list[Any] | None:
-    """What may be one, or several in a list or tuple, as a list."""
-    if classes is None:
-        return None
-    return list(classes) if isinstance(classes, list | tuple) else [classes]
 
 
 def _check_routes(app: Any, channels: Channels) -> None:

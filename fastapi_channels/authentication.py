@@ -18,7 +18,6 @@ Spec:
 
 from __future__ import annotations
 
-import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -185,8 +184,7 @@ class JWTAuthentication(TokenAuthentication):
         except (TypeError, ValueError, OverflowError) as error:
             raise AuthenticationFailed("the token is not valid") from error
         if self._user is not None:
-            user = self._user(claims)
-            user = await user if inspect.isawaitable(user) else user
+            user = await call(self._user, claims)
             if user is None:
                 raise AuthenticationFailed("the token is not valid")
         elif not (isinstance(claims.get("sub"), str) and claims["sub"]):

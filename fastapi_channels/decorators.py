@@ -110,15 +110,14 @@ def action(
         dependencies: Not supported: anything but None is an error.
 
     Raises:
-        NotImplementedError: What is not supported.
-        DefinitionError: It can't be called with these arguments, or the permission is none.
+        DefinitionError: It can't be called with these arguments, the permission is none, or something isn't supported.
     """
     if callable(name):
         return mark(name, ChannelMark())
     if detached:
-        raise NotImplementedError("action(detached=True) is not supported")
+        raise DefinitionError("action(detached=True) is not supported")
     if dependencies is not None:
-        raise NotImplementedError("action(dependencies=...) is not supported; an ActionConsumer's actions have Depends")
+        raise DefinitionError("action(dependencies=...) is not supported; an ActionConsumer's actions have Depends")
     granted(permission)
     what = ChannelMark(name, permission, bool(deprecated), summary, description, tuple(tags or ()))
     return lambda function: mark(function, what)

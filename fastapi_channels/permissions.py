@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -92,7 +93,7 @@ class _Operators:
         return _Not(permission_of(self))
 
 
-class _PermissionType(_Operators, type):
+class _PermissionType(_Operators, ABCMeta):
     """The type of permission classes, which combine as their instances do."""
 
 
@@ -106,6 +107,7 @@ class BasePermission(_Operators, metaclass=_PermissionType):
     #: What the client is told when it says no.
     message: str = "you do not have permission to do this"
 
+    @abstractmethod
     async def has_permission(self, websocket: WebSocket, action: str | None = None, **kwargs: Any) -> bool:
         """Whether the client may send a frame; only True is a yes.
 
@@ -114,7 +116,6 @@ class BasePermission(_Operators, metaclass=_PermissionType):
             action: The action that the frame asks for; None for a frame that asks for none, and before the handshake.
             kwargs: For what may be added; ignore it.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no has_permission")
 
     async def can_connect(self, websocket: WebSocket) -> bool:
         """Whether the client may connect, before the handshake is answered; what `has_permission` says by default."""
@@ -215,7 +216,23 @@ class _Callable(BasePermission):
         return cast(bool, await call(self._function, *(websocket, action)[: self._takes]))
 
 
-class _And(BasePermission):
+class _Combination(BasePermission):
+    """Permissions that answer together; asked as one is, it says whether the verdict is yes."""
+
+    @override
+    async def has_permission(self, websocket: WebSocket, action: str | None = None, **kwargs: Any) -> bool:
+        return await self.verdict("frame", websocket, action) is None
+
+    @override
+    async def can_connect(self, websocket: WebSocket) -> bool:
+        return await self.verdict("connect", websocket, None) is None
+
+    @override
+    @abstractmethod
+    async def verdict(self, question: Question, websocket: WebSocket, action: str | None) -> Verdict: ...
+
+
+class _And(_Combination):
     def __init__(self, left: BasePermission, right: BasePermission) -> None:
         self._left, self._right = left, right
 
@@ -228,7 +245,7 @@ class _And(BasePermission):
         return await self._right.verdict(question, websocket, action) if left is None else left
 
 
-class _Or(BasePermission):
+class _Or(_Combination):
     def __init__(self, left: BasePermission, right: BasePermission) -> None:
         self._left, self._right = left, right
 
@@ -247,7 +264,7 @@ class _Or(BasePermission):
         return left if isinstance(left, Failure | NotAuthenticated) else right
 
 
-class _Not(BasePermission):
+class _Not(_Combination):
     def __init__(self, inner: BasePermission) -> None:
         self._inner = inner
 

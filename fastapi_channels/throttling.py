@@ -419,8 +419,6 @@ def limiter(
     hours: int = 0,
     identifier: Identifier | None = None,
     ws_callback: Callback | None = None,
-    *,
-    use_cache: bool = False,
 ) -> Callable[[Function], Function]:
     """Limit how often an action of a `Channel` is asked for; above or below `@action`, and more than once.
 
@@ -436,7 +434,6 @@ def limiter(
         identifier: Whom to count, by the connection; the user, or the address of a stranger, by default.
         ws_callback: Called with the connection and the milliseconds to wait when a call is refused; what it raises is
             the answer.
-        use_cache: Of no effect; the original package made its objects anew for each call without it.
 
     Raises:
         DefinitionError: It would let through none, or is for no time.

@@ -240,9 +240,9 @@ async def test_the_attributes_are_views() -> None:
 async def test_init_twice() -> None:
     """A second `init` is an error, one that fails leaves nothing, and `close` may be called at any time."""
     await FastAPIChannel.close()
-    wrong: list[dict[str, Any]] = [{"limiter_backend": object()}, {"pagination_class": object}, {"url": "nonsense"}]
-    for options in wrong:
-        with pytest.raises(SettingsError):
+    wrong: list[dict[str, Any]] = [{"limiter_backend": object()}, {"debug": True}, {"pagination_class": object}]
+    for options in [*wrong, {"url": "nonsense"}, {"url": "memory://", "broadcast": object()}]:
+        with pytest.raises((SettingsError, TypeError), match=next(iter(options))):
             await FastAPIChannel.init(**options)
     await FastAPIChannel.init(url="memory://")
     with pytest.raises(RuntimeError, match="twice"):

@@ -939,9 +939,9 @@ def test_actions_that_can_not_be() -> None:
         @channel.action()
         async def say(room: str) -> None: ...
 
-    with pytest.raises(NotImplementedError, match="detached"):
+    with pytest.raises(DefinitionError, match="detached"):
         channel.action(detached=True)
-    with pytest.raises(NotImplementedError, match="dependencies"):
+    with pytest.raises(DefinitionError, match="dependencies"):
         action(dependencies=[])  # type: ignore[call-overload]
     with pytest.raises(DefinitionError, match="is no permission"):
         action(permission=7)

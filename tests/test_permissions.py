@@ -458,9 +458,6 @@ async def test_what_denies_by_accident() -> None:
                 return True
             return None  # type: ignore[return-value]
 
-    class Empty(BasePermission):
-        pass
-
     class WithAPermission(BasePermission):
         async def has_permission(self, websocket: WebSocket, action: str | None = None, **kwargs: Any) -> bool:
             return AllowAny  # type: ignore[return-value]
@@ -468,10 +465,30 @@ async def test_what_denies_by_accident() -> None:
     class Overridden(AllowAny):
         has_permission = None  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    for permission in (Forgetful, Empty, WithAPermission, Overridden, lambda: [True], lambda: 1.0, lambda: object()):
+    for permission in (Forgetful, WithAPermission, Overridden, lambda: [True], lambda: 1.0, lambda: object()):
         for question in QUESTIONS:
             assert not await allows(permission, question)
             assert not await allows(~permission_of(permission), question)
+
+
+async def test_a_combination_is_a_permission() -> None:
+    """Permissions of the user's may ask a combination as they ask any other, and get True or False."""
+    ws = websocket()
+    for permission, says in ((AllowAny & ~DenyAll, True), (DenyAll | DenyAll, False), (~AllowAny, False)):
+        assert await permission.has_permission(ws, "say") is says
+        assert await permission.can_connect(ws) is says
+
+
+def test_a_permission_without_an_answer() -> None:
+    """A class that defines no `has_permission`, or misspells it, is an error where it is written."""
+
+    class Empty(BasePermission):
+        async def has_permision(self, websocket: WebSocket) -> bool:
+            return True
+
+    for write in (lambda: permissions_of([Empty]), lambda: Empty & AllowAny, lambda: ~Empty):
+        with pytest.raises(DefinitionError, match="Empty defines no has_permission"):
+            write()
 
 
 # Operators and their operands

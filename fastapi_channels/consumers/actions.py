@@ -205,10 +205,15 @@ class ActionConsumer(JsonConsumer):
         if parsed.name == CANCEL:
             self._cancel(parsed.request_id)
             return not self._session.gate.asks_of_frames  # by which it is counted in its turn
-        if parsed.name != AUTH or not self._can_renew:
-            return False
-        self._renewing = self._session.start(self._answer(parsed))
-        return True
+        return super()._handle_at_once(parsed)
+
+    @override
+    def _brings_token(self, parsed: _Request) -> bool:
+        return parsed.name == AUTH and parsed.error is None
+
+    @override
+    def _token_of(self, parsed: _Request) -> tuple[Any, Any]:
+        return None if parsed.request_id is _ABSENT else parsed.request_id, parsed.data
 
     def _cancel(self, request_id: Any) -> None:
         request = (self._calls or {}).get(request_id)
@@ -220,6 +225,8 @@ class ActionConsumer(JsonConsumer):
 
     @override
     def _handle_frame(self, parsed: _Request) -> Awaitable[None]:
+        if self._brings_token(parsed):
+            return self._renew(*self._token_of(parsed))
         if parsed.action is None or parsed.action.concurrency == 1:
             return self._answer(parsed)
         return self._answer_beside(parsed, parsed.action)
@@ -250,7 +257,7 @@ class ActionConsumer(JsonConsumer):
                 is_too_fast = isinstance(request.error, Throttled)
                 if self._session.gate.asks_of_frames and not (request.is_cancelled or is_too_fast):
                     name = None if request.action is None else request.action.name
-                    is_control = request.name in (CANCEL, AUTH)
+                    is_control = request.name == CANCEL
                     await self._session.gate.pass_frame(self.websocket, name, is_control=is_control)
                 if self._connection.closed_here:  # while it waited for the gate, or for room
                     return
@@ -258,11 +265,7 @@ class ActionConsumer(JsonConsumer):
                     raise request.error
                 if request.name == CANCEL:
                     return
-                if request.name == AUTH:
-                    result = await self._session.renew(
-                        request.data.get("token") if isinstance(request.data, dict) else None
-                    )
-                elif not request.is_cancelled:
+                if not request.is_cancelled:
                     assert request.action is not None
                     result = await self._begin(request.action, request.data, request_id)
             if request.is_cancelled and result is None:

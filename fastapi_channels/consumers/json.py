@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fastapi_channels.connection import State
 from fastapi_channels.consumers.base import WebSocketConsumer
-from fastapi_channels.consumers.session import AUTH
+from fastapi_channels.consumers.session import AUTH, is_request_id
 from fastapi_channels.dependencies import Plan
 from fastapi_channels.exceptions import DefinitionError, InvalidFrame
 
@@ -50,27 +50,33 @@ class JsonConsumer(WebSocketConsumer):
 
     @override
     def _handle_at_once(self, parsed: Any) -> bool:
-        if not self._is_auth(parsed) or not self._can_renew:
-            return False
-        self._renewing = self._session.start(self._renew(parsed))
-        return True
+        return self._brings_token(parsed) and self._renew_at_once(*self._token_of(parsed))
 
     @override
     def _handle_frame(self, parsed: Any) -> Awaitable[Any]:
-        return self._renew(parsed) if self._is_auth(parsed) else super()._handle_frame(parsed)
+        if self._brings_token(parsed):
+            return self._renew(*self._token_of(parsed))
+        return super()._handle_frame(parsed)
 
-    def _is_auth(self, parsed: Any) -> bool:
-        """Whether a frame brings a new token; where nobody looks for tokens it is like any other."""
+    def _brings_token(self, parsed: Any) -> bool:
+        """Whether it is a frame of `$auth`; where nobody looks for tokens it is like any other."""
         return self._session.gate.authenticates and isinstance(parsed, dict) and parsed.get("action") == AUTH
 
-    @property
-    def _can_renew(self) -> bool:
-        """Whether a new token may be taken beside the frames: one at a time, and while there is somebody to answer."""
-        is_renewing = self._renewing is not None and not self._renewing.done()
-        return self._connection.state is State.OPEN and not is_renewing
+    def _token_of(self, parsed: Any) -> tuple[Any, Any]:
+        """The request_id of such a frame, and the data in which the token is."""
+        request_id = parsed.get("request_id")
+        return request_id if is_request_id(request_id) else None, parsed.get("data", parsed)
 
-    async def _renew(self, frame: dict[str, Any]) -> None:
-        request_id, data = frame.get("request_id"), frame.get("data", frame)
+    def _renew_at_once(self, request_id: Any, data: Any) -> bool:
+        """Take a new token beside the frames, if none is being taken and there is somebody to answer; else False."""
+        is_renewing = self._renewing is not None and not self._renewing.done()
+        if is_renewing or self._connection.state is not State.OPEN:
+            return False
+        self._renewing = self._session.start(self._renew(request_id, data))
+        return True
+
+    async def _renew(self, request_id: Any, data: Any) -> None:
+        """Take a new token, and answer."""
         try:
             await self._session.gate.pass_frame(self.websocket, None, is_control=True)
             if self._connection.closed_here:  # meanwhile

@@ -100,9 +100,6 @@ class Limiter(ABC):
             0 if it may go on; else in how many seconds it may, and it was not counted.
         """
 
-    async def close(self) -> None:
-        """Let go of what it counts with."""
-
 
 class Guard:
     """Lets through, or doesn't, while whoever counts can't.
