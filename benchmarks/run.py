@@ -55,44 +55,34 @@ async def fan_out(plan: Plan) -> list[Row]:
     return compared(title, "µs per delivery", costs, {"forward": 0.90, "handler": 1.15})
 
 
-async def requests(plan: Plan) -> list[Row]:
-    """Measure CPU µs per request and reply."""
+async def round_trips(plan: Plan, title: str, variants: dict[str, tuple[str, str]], limit: float) -> list[Row]:
+    """Measure CPU µs per request and reply; the limit is for the second variant, and the first is its yardstick."""
     async with AsyncExitStack() as stack:
         callers = {}
-        for name, app in {"bare": SERVERS, "action": CONSUMERS}.items():
+        for name, (app, path) in variants.items():
             server = await stack.enter_async_context(serving(app))
-            callers[name] = (
-                server,
-                await stack.enter_async_context(connected(server.port, "/ws/echo", Caller, plan.clients)),
-            )
+            clients = await stack.enter_async_context(connected(server.port, path, Caller, plan.clients))
+            callers[name] = server, clients
 
         async def cost(name: str) -> float:
             server, clients = callers[name]
             return await server.cpu_of(ask(clients, plan.calls)) / (plan.clients * plan.calls) * 1e6
 
         costs = await interleaved(list(callers), cost, rounds=plan.rounds, slices=plan.slices)
-    title = f"request and reply, {plan.clients} clients"
-    return compared(title, "µs per round trip", costs, {"action": 1.10})
+    _, judged = variants
+    return compared(f"{title}, {plan.clients} clients", "µs per round trip", costs, {judged: limit})
+
+
+async def requests(plan: Plan) -> list[Row]:
+    """Measure a request and its reply."""
+    variants = {"bare": (SERVERS, "/ws/echo"), "action": (CONSUMERS, "/ws/echo")}
+    return await round_trips(plan, "request and reply", variants, 1.10)
 
 
 async def gate(plan: Plan) -> list[Row]:
-    """Measure CPU µs per request and reply, with a permission and a throttle and without."""
-    async with AsyncExitStack() as stack:
-        callers = {}
-        for name, path in {"action": "/ws/echo", "gated action": "/ws/gated"}.items():
-            server = await stack.enter_async_context(serving(CONSUMERS))
-            callers[name] = (
-                server,
-                await stack.enter_async_context(connected(server.port, path, Caller, plan.clients)),
-            )
-
-        async def cost(name: str) -> float:
-            server, clients = callers[name]
-            return await server.cpu_of(ask(clients, plan.calls)) / (plan.clients * plan.calls) * 1e6
-
-        costs = await interleaved(list(callers), cost, rounds=plan.rounds, slices=plan.slices)
-    title = f"a permission and a throttle in memory, {plan.clients} clients"
-    return compared(title, "µs per round trip", costs, {"gated action": 1.30})
+    """Measure a request and its reply, with a permission and a throttle and without."""
+    variants = {"action": (CONSUMERS, "/ws/echo"), "gated action": (CONSUMERS, "/ws/gated")}
+    return await round_trips(plan, "a permission and a throttle in memory", variants, 1.30)
 
 
 async def memory(plan: Plan) -> list[Row]:

@@ -408,11 +408,16 @@ async def in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) 
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), abandon_on_cancel=True)
 
 
-async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function of the user's: await it if it is `async def`, else run it in the thread pool."""
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Begin to call a function of the user's, in the thread pool unless it is `async def`; to be awaited at once."""
     code = getattr(function, "__code__", None)
     if code is not None and code.co_flags & inspect.CO_COROUTINE:  # the usual case, in a tenth of the time
-        return await function(*args, **kwargs)
+        result: Awaitable[Any] = function(*args, **kwargs)
+        return result
+    return _call(function, *args, **kwargs)
+
+
+async def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return await function(*args, **kwargs)
     result = await in_thread(function, *args, **kwargs)

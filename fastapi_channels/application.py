@@ -36,8 +36,9 @@ from fastapi_channels.exceptions import (
 )
 from fastapi_channels.layers import ChannelLayer, make_layer
 from fastapi_channels.layers.factory import LAYER_SCHEMES, LayerSpec
+from fastapi_channels.layers.guard import ThrottleGuard
 from fastapi_channels.layers.leases import GuardedLeases, Leases, MemoryLeases
-from fastapi_channels.layers.limiter import Guard, GuardedLimiter, Limiter, MemoryLimiter, Rate
+from fastapi_channels.layers.limiter import GuardedLimiter, Limiter, MemoryLimiter, Rate
 from fastapi_channels.origins import Proxies, network_of
 from fastapi_channels.settings import ChannelsSettings
 
@@ -110,12 +111,12 @@ class Channels:
         self._limiting = self._limiting_layer()
         #: Counts for throttles.
         self.limiter: Limiter = self._limiting.new_limiter()
-        #: Stands before limiters of others.
-        self.guard = Guard(self._first_layer.counters, allow=settings.throttle_on_error == "allow")
         #: Counts connections.
         self.leases: Leases = self._limiting.new_leases()
         counters = self._first_layer.counters
         is_allowed = settings.throttle_on_error == "allow"
+        #: Stands before limiters of others.
+        self.guard = ThrottleGuard(counters, allow=is_allowed)
         if not isinstance(self.limiter, MemoryLimiter):
             self.limiter = GuardedLimiter(self.limiter, counters, allow=is_allowed)
         if not isinstance(self.leases, MemoryLeases):

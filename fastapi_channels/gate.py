@@ -33,6 +33,7 @@ from fastapi_channels.authentication import (
 )
 from fastapi_channels.exceptions import DefinitionError, InvalidData, PermissionDenied, SettingsError
 from fastapi_channels.origins import OriginRules
+from fastapi_channels.pace import Tally
 from fastapi_channels.permissions import BasePermission, permissions_of
 from fastapi_channels.throttling import BaseThrottle, throttles_of
 
@@ -41,8 +42,6 @@ __all__ = ["Gate", "Rules", "Visitor"]
 logger = logging.getLogger("fastapi_channels")
 
 Made = TypeVar("Made")
-
-MINUTE = 60.0
 
 #: How many refused origins a minute are logged.
 COMPLAINTS = 100
@@ -174,8 +173,7 @@ class Gate:
             raise SettingsError(f"{rules.name}.token_in_first_frame needs a TokenAuthentication that takes the token")
         for throttle in (*throttles, *(throttle for asked, _ in self._actions.values() for throttle in asked)):
             throttle.check_settings(channels)
-        #: Since when refused origins are counted, and how many there were.
-        self._complaints = (-MINUTE, 0)
+        self._refused_origins = Tally()
         #: Whether it finds out who clients are.
         self.authenticates = bool(self._authentications)
         #: Whether frames have to pass anything.
@@ -299,9 +297,7 @@ class Gate:
 
     def _complain(self, origin: str | None, host: str) -> None:
         """Log that an origin is refused, but for no more than some lines a minute: strangers could fill the log."""
-        now = time.monotonic()
-        since, count = self._complaints
-        self._complaints = since, count = (since, count + 1) if now - since < MINUTE else (now, 1)
+        count = self._refused_origins.add(time.monotonic())
         if count <= COMPLAINTS:
             more = "" if count < COMPLAINTS else "; more of these are not logged within this minute"
             text = "a handshake from the origin %.200r to %.200r is refused: see ALLOWED_ORIGINS%s"

@@ -7,11 +7,14 @@ its connections.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from fastapi_channels.layers.limiter import EPSILON
 
-__all__ = ["Pace", "Silence"]
+__all__ = ["Pace", "Silence", "Tally"]
+
+MINUTE = 60.0
 
 
 class Pace:
@@ -47,6 +50,27 @@ class Pace:
             return wait
         self._frames_until, self._bytes_until = frames_until, bytes_until
         return 0.0
+
+
+class Tally:
+    """Counts what happens within a minute, which begins with the first of it."""
+
+    __slots__ = ("_count", "_since")
+
+    def __init__(self) -> None:
+        self._since = -math.inf
+        self._count = 0
+
+    def add(self, now: float) -> int:
+        """Count one more; returns how many there were in this minute.
+
+        Args:
+            now: On a monotonic clock, in seconds.
+        """
+        if now - self._since >= MINUTE:
+            self._since, self._count = now, 0
+        self._count += 1
+        return self._count
 
 
 class Silence:

@@ -381,7 +381,7 @@ class _ForeignThrottle(BaseThrottle):
     @override
     async def wait(self, connection: HTTPConnection, action: str | None = None) -> float:
         key = ":".join(filter(None, (self._owner, connection.scope.get(CHANNEL_KEY))))
-        return await Channels.of(connection.scope).guard.ask(lambda: self._limiter.wait(connection, key))
+        return await Channels.of(connection.scope).guard.wait(lambda: self._limiter.wait(connection, key))
 
 
 class _Limit(BaseThrottle):

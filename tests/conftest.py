@@ -28,6 +28,27 @@ def app_with(*consumers: type[WebSocketConsumer], **options: Any) -> FastAPI:
     return app
 
 
+#: Keys that are easily taken for one another, or mean something to a broker.
+ODD_KEYS = [
+    "",
+    " ",
+    "a",
+    "A",
+    "user:7",
+    "user:{7}",
+    "}{",
+    "a\x00b",
+    "a\r\nFLUSHALL\r\n",
+    "日本語 ✓",
+    "e\u0301",
+    "é",
+    "\ud800",
+    "\U0001f600",
+    "*",
+    "x" * 100_000,
+]
+
+
 async def until(is_so: Callable[[], bool], timeout: float = 5.0) -> None:
     """Wait for what nobody tells of.
 
@@ -38,6 +59,19 @@ async def until(is_so: Callable[[], bool], timeout: float = 5.0) -> None:
         if is_so():
             return
         await asyncio.sleep(0.005)
+    raise TimeoutError
+
+
+async def asked_until(is_so: Callable[[], Awaitable[Any]]) -> None:
+    """Ask again and again, until it is so.
+
+    Raises:
+        TimeoutError: It was not so a thousand times.
+    """
+    for _ in range(1000):
+        if await is_so():
+            return
+        await asyncio.sleep(0.01)
     raise TimeoutError
 
 

@@ -420,7 +420,7 @@ async def test_redis_away(on_error: str, expected: str, caplog: pytest.LogCaptur
     async with connect(app, "/ws") as client:
         answers = [await ask(client) for _ in range(3)]
         assert [answer if answer == "ok" else answer["code"] for answer in answers] == [expected] * 3
-        assert app.state.channels.guard.counters.uncounted == 3
+        assert app.state.channels.layer().counters.uncounted == 3
     assert len([record for record in caplog.records if "throttles can't count" in record.message]) == 1
 
 

@@ -38,7 +38,7 @@ from fastapi_channels.exceptions import (
 from fastapi_channels.gate import Gate
 from fastapi_channels.layers import ChannelLayer, Envelope
 from fastapi_channels.layers.envelope import CLOSE, SEND, checked_close_code
-from fastapi_channels.pace import Pace
+from fastapi_channels.pace import Pace, Tally
 
 if TYPE_CHECKING:
     from fastapi_channels.consumers.base import WebSocketConsumer
@@ -49,9 +49,6 @@ logger = logging.getLogger("fastapi_channels")
 
 #: How many seconds what has arrived, or is being handled, has to be finished when the connection ends.
 GRACE = 1.0
-
-#: In how many seconds MAX_VIOLATIONS are too many.
-MINUTE = 60.0
 
 #: How many seconds a client has for its first frame if that has to be its token, and no setting says.
 TOKEN_TIMEOUT = 10.0
@@ -133,8 +130,7 @@ class Session:
         self._places: tuple[str, ...] = ()
         #: Whose connection it is, as the layer has been told.
         self._user_id: str | None = None
-        #: Since when refused frames are counted, and how many there were.
-        self._violations = (0.0, 0)
+        self._violations: Tally | None = None
 
     # The gate
 
@@ -400,10 +396,10 @@ class Session:
     def _note_violation(self) -> None:
         """Count that a frame was held back, or brought a wrong token; a client of too many is closed with 4029."""
         allowed = self.connection.limits.max_violations
-        now = self.connection.crew.loop.time()
-        since, count = self._violations
-        self._violations = (since, count + 1) if now - since < MINUTE else (now, 1)
-        if allowed is not None and self._violations[1] > allowed:
+        if self._violations is None:
+            self._violations = Tally()
+        count = self._violations.add(self.connection.crew.loop.time())
+        if allowed is not None and count > allowed:
             self.connection.close_soon(close_code_of(Throttled.status_code), "too many frames were refused")
 
     @property

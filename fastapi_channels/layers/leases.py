@@ -8,21 +8,16 @@ Spec:
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from abc import ABC, abstractmethod
+from functools import partial
 
 from typing_extensions import override
 
 from fastapi_channels.exceptions import LayerUnavailable
 from fastapi_channels.layers.counters import Counters
+from fastapi_channels.layers.guard import Guard
 
 __all__ = ["GuardedLeases", "Leases", "MemoryLeases"]
-
-logger = logging.getLogger("fastapi_channels")
-
-#: For how many seconds leases that have failed aren't asked.
-PAUSE = 1.0
 
 
 class Leases(ABC):
@@ -104,46 +99,26 @@ class GuardedLeases(Leases):
     def __init__(self, inner: Leases, counters: Counters, *, is_allowed: bool) -> None:
         self._inner = inner
         self._own = MemoryLeases()
-        self._counters = counters
-        self._is_allowed = is_allowed
-        self._again_at = 0.0
-        self._has_failed = False
+        done = "each process counts its own" if is_allowed else "none is given"
+        fails = f"connections can't be counted, so that {done}"
+        self._guard = Guard(counters, allow=is_allowed, fails=fails, heals="connections are counted again")
 
     @override
     async def acquire(self, key: str, holder: str, limit: int) -> bool:
         if not await self._own.acquire(key, holder, limit):
             return False
         try:
-            is_held = await self._ask(key, holder, limit)
+            is_held = await self._guard.ask(partial(self._inner.acquire, key, holder, limit))
+            if is_held is None and not self._guard.allow:
+                raise LayerUnavailable("connections can't be counted")
         except BaseException:
             await self.release(key, holder)
             raise
-        if not is_held:
+        if is_held is None:
+            self._inner.hold(key, holder)
+        elif not is_held:
             await self._own.release(key, holder)
-        return is_held
-
-    async def _ask(self, key: str, holder: str, limit: int) -> bool:
-        failure = LayerUnavailable("places can't be counted")
-        if asyncio.get_running_loop().time() >= self._again_at:
-            try:
-                is_held = await self._inner.acquire(key, holder, limit)
-            except LayerUnavailable as error:
-                failure = error
-                self._again_at = asyncio.get_running_loop().time() + PAUSE
-                if not self._has_failed:
-                    self._has_failed = True
-                    done = "each process counts its own" if self._is_allowed else "none is given"
-                    logger.warning("connections can't be counted, so that %s: %s", done, error)
-            else:
-                if self._has_failed:
-                    self._has_failed = False
-                    logger.warning("connections are counted again")
-                return is_held
-        self._counters.uncounted += 1
-        if not self._is_allowed:
-            raise failure
-        self._inner.hold(key, holder)
-        return True
+        return is_held is not False
 
     @override
     def hold(self, key: str, holder: str) -> None:

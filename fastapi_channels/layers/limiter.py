@@ -15,24 +15,21 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
 from typing_extensions import override
 
-from fastapi_channels.exceptions import DefinitionError, LayerUnavailable
+from fastapi_channels.exceptions import DefinitionError
 from fastapi_channels.layers.counters import Counters
+from fastapi_channels.layers.guard import ThrottleGuard
 
-__all__ = ["Guard", "GuardedLimiter", "Limiter", "MemoryLimiter", "Rate"]
+__all__ = ["GuardedLimiter", "Limiter", "MemoryLimiter", "Rate"]
 
 logger = logging.getLogger("fastapi_channels")
 
 #: What is less than this is no wait, but the rounding of a sum, in seconds.
 EPSILON = 1e-6
-
-#: For how many seconds a limiter that has failed isn't asked.
-PAUSE = 1.0
 
 #: How many in a second are the most: one in a microsecond, which is how finely Redis counts.
 MOST = 1_000_000
@@ -101,45 +98,8 @@ class Limiter(ABC):
         """
 
 
-class Guard:
-    """Lets through, or doesn't, while whoever counts can't.
-
-    After a failure it isn't asked for a second, so that its timeout isn't waited for with each frame.
-
-    Args:
-        counters: Where failures are counted.
-        allow: Whether what can't be counted is let through.
-    """
-
-    def __init__(self, counters: Counters, *, allow: bool) -> None:
-        self.counters = counters
-        self._allow = allow
-        self._again_at = 0.0
-        self._has_failed = False
-
-    async def ask(self, count: Callable[[], Awaitable[float]]) -> float:
-        """How long to wait, as `count` says; it raises `LayerUnavailable` if it can't say."""
-        now = asyncio.get_running_loop().time()
-        if now >= self._again_at:
-            try:
-                wait = await count()
-            except LayerUnavailable as error:
-                self._again_at = asyncio.get_running_loop().time() + PAUSE
-                if not self._has_failed:
-                    self._has_failed = True
-                    done = "let through" if self._allow else "refused"
-                    logger.warning("throttles can't count, so that everything is %s: %s", done, error)
-            else:
-                if self._has_failed:
-                    self._has_failed = False
-                    logger.warning("throttles count again")
-                return wait
-        self.counters.uncounted += 1
-        return 0.0 if self._allow else PAUSE
-
-
 class GuardedLimiter(Limiter):
-    """Counts with another limiter, behind a `Guard`.
+    """Counts with another limiter, behind a guard.
 
     Args:
         inner: The one that counts.
@@ -149,11 +109,11 @@ class GuardedLimiter(Limiter):
 
     def __init__(self, inner: Limiter, counters: Counters, *, allow: bool) -> None:
         self._inner = inner
-        self._guard = Guard(counters, allow=allow)
+        self._guard = ThrottleGuard(counters, allow=allow)
 
     @override
     async def hit(self, key: str, rate: Rate) -> float:
-        return await self._guard.ask(partial(self._inner.hit, key, rate))
+        return await self._guard.wait(partial(self._inner.hit, key, rate))
 
 
 class MemoryLimiter(Limiter):

@@ -2,49 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import Context
 from typing import Any
 
 import pytest
 
 from fastapi_channels.exceptions import LayerUnavailable
-from fastapi_channels.layers import MemoryLayer, RedisLayer
-from fastapi_channels.layers import leases as in_layers
+from fastapi_channels.layers import MemoryLayer, RedisLayer, guard
 from fastapi_channels.layers.leases import GuardedLeases, Leases, MemoryLeases
 from fastapi_channels.layers.redis import leases as in_redis
 from fastapi_channels.layers.redis.leases import RedisLeases
 from fastapi_channels.testing import RedisServer
 from tests.brokers import Cluster, ask
-from tests.conftest import Forward
-
-ODD = [
-    "",
-    " ",
-    "a",
-    "A",
-    "user:7",
-    "user:{7}",
-    "}{",
-    "a\x00b",
-    "a\r\nFLUSHALL\r\n",
-    "日本語 ✓",
-    "e\u0301",
-    "é",
-    "\ud800",
-    "\U0001f600",
-    "*",
-    "x" * 100_000,
-]
-
-
-async def asked_until(is_so: Callable[[], Awaitable[Any]]) -> None:
-    """Ask again and again, until it is so."""
-    for _ in range(1000):
-        if await is_so():
-            return
-        await asyncio.sleep(0.01)
-    raise TimeoutError
+from tests.conftest import ODD_KEYS, Forward, asked_until
 
 
 async def counts(leases: Leases, key: str, number: int) -> None:
@@ -91,7 +64,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis is asked again without a pause after it has failed."""
-    monkeypatch.setattr(in_layers, "PAUSE", 0.0)
+    monkeypatch.setattr(guard, "PAUSE", 0.0)
 
 
 # What all keep to
@@ -164,12 +137,12 @@ async def test_a_place_that_was_given_back(pair: tuple[Leases, Leases]) -> None:
 async def test_keys_are_apart(pair: tuple[Leases, Leases]) -> None:
     """Whatever text a key is, it is counted for itself alone."""
     one, other = pair
-    for key in ODD:
+    for key in ODD_KEYS:
         assert await one.acquire(key, "x", 1), key[:20]
-    for key in ODD:
+    for key in ODD_KEYS:
         assert not await other.acquire(key, "y", 1), key[:20]
         assert await other.count(key) == 1
-    for key in ODD:
+    for key in ODD_KEYS:
         await one.release(key, "x")
         assert await other.count(key) == 0
 
@@ -208,12 +181,12 @@ async def test_nothing_is_left_in_redis(redis_url: str, redis_server: RedisServe
     """What was given back is gone from Redis, and no task of it is left."""
     async with RedisLayer(redis_url) as layer:
         leases = layer.new_leases()
-        for key in ODD:
+        for key in ODD_KEYS:
             for n in range(3):
                 assert await leases.acquire(key, f"{n}", 3)
-        assert len(keys(redis_server)) == len(ODD)
+        assert len(keys(redis_server)) == len(ODD_KEYS)
         assert is_renewing()
-        for key in ODD:
+        for key in ODD_KEYS:
             for n in range(3):
                 await leases.release(key, f"{n}")
         assert keys(redis_server) == []
@@ -224,7 +197,7 @@ async def test_what_is_in_redis(redis_url: str, redis_server: RedisServer) -> No
     """A key is a digest of one length, whatever strangers have put into it, and runs out by itself."""
     async with RedisLayer(redis_url, prefix="mine") as layer:
         leases = layer.new_leases()
-        for key in ODD:
+        for key in ODD_KEYS:
             assert await leases.acquire(key, "x", 1)
         now = int(ask(redis_server, "TIME")[0]) * 1000
         for name in keys(redis_server):
@@ -233,7 +206,7 @@ async def test_what_is_in_redis(redis_url: str, redis_server: RedisServer) -> No
             assert name.startswith("mine:l:{")
             assert len(name) == len("mine:l:{}") + 32
             assert 50_000 < ask(redis_server, "PTTL", name) <= 60_000
-        for key in ODD:
+        for key in ODD_KEYS:
             await leases.release(key, "x")
 
 
@@ -426,12 +399,12 @@ async def test_in_a_cluster(quick: None, cluster: Cluster) -> None:
     """Processes on a Cluster share places too, whichever node has the key, and renew them."""
     async with RedisLayer(cluster.url) as one, RedisLayer(cluster.url) as other:
         both = one.new_leases(), other.new_leases()
-        for key in ODD:
+        for key in ODD_KEYS:
             held = await asyncio.gather(*(both[n % 2].acquire(key, f"{n}", 5) for n in range(20)))
             assert sum(held) == 5
         for server in cluster.servers[:3]:
             server.flush()
-        for key in ODD:
+        for key in ODD_KEYS:
             await counts(one.new_leases(), key, 5)
             for n in range(20):
                 await both[n % 2].release(key, f"{n}")
@@ -617,3 +590,42 @@ async def test_places_given_back_in_an_outage(
         for holder in ("1", "2", "new"):
             await leases.release("a", holder)
         assert told(caplog) == []
+
+
+HOLDING = """
+import asyncio
+from fastapi_channels.layers.redis import RedisLayer, leases
+leases.LEASE, leases.RENEW_EVERY = 1.0, 0.1
+
+async def hold():
+    async with RedisLayer({url!r}) as layer:
+        assert await layer.new_leases().acquire("room", "killed", 1)
+        print("held", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(hold())
+"""
+
+
+async def test_a_process_that_is_killed(quick: None, redis_url: str) -> None:
+    """The place of a process is held while it lives, longer than a lease, and comes free when it was killed."""
+    async with RedisLayer(redis_url) as layer:
+        leases = layer.new_leases()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOLDING.format(url=redis_url), stdout=subprocess.PIPE
+        )
+        try:
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"held\n"
+            until = asyncio.get_running_loop().time() + 2 * in_redis.LEASE
+            while asyncio.get_running_loop().time() < until:
+                assert not await leases.acquire("room", "other", 1)
+        finally:
+            process.kill()
+            await process.wait()
+
+        async def is_free() -> bool:
+            return await leases.acquire("room", "other", 1)
+
+        await asked_until(is_free)
+        await leases.release("room", "other")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -14,29 +14,10 @@ from fastapi_channels.layers import MemoryLayer, RedisLayer
 from fastapi_channels.layers.limiter import GuardedLimiter, Limiter, MemoryLimiter, Rate
 from fastapi_channels.testing import RedisServer
 from tests.brokers import ask
-from tests.conftest import until
+from tests.conftest import ODD_KEYS, asked_until, until
 
 #: Slow enough that nothing comes back while a test runs.
 SLOW = Rate(5, 3600.0)
-
-ODD_KEYS = [
-    "",
-    " ",
-    "a",
-    "A",
-    "user:7",
-    "user:{7}",
-    "}{",
-    "a\x00b",
-    "a\r\nFLUSHALL\r\n",
-    "日本語 ✓",
-    "e\u0301",
-    "é",
-    "\ud800",
-    "\U0001f600",
-    "*",
-    "x" * 100_000,
-]
 
 # Rates
 
@@ -491,15 +472,6 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log says of throttles."""
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     return [record.getMessage() for record in caplog.records if "throttles" in record.getMessage()]
-
-
-async def asked_until(is_so: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again and again, until it is so."""
-    for _ in range(500):
-        if await is_so():
-            return
-        await asyncio.sleep(0.02)
-    raise TimeoutError
 
 
 @pytest.mark.parametrize(("stop", "go_on"), OUTAGES)

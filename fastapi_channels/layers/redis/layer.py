@@ -291,19 +291,26 @@ class RedisLayer(ChannelLayer):
     def new_leases(self) -> Leases:
         return RedisLeases(self.run_script, lambda renewing: self.crew.start(renewing, Context()))
 
-    async def run_script(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
+    async def run_script(self, script: str, kind: str, key: str, *arguments: str | int, deadline: float) -> Any:
         """Run a Lua script on the server that has a key.
 
         Args:
             script: Its text; `KEYS[1]` is the key, `ARGV` the arguments.
-            key: Its name, without the prefix; a tag in braces chooses the server in a Cluster.
+            kind: What keys like this begin with in Redis.
+            key: Any text. A digest of it stands in Redis: it holds what strangers send, which may be long.
             arguments: Its arguments.
+            deadline: How many seconds Redis may take.
 
         Raises:
-            LayerUnavailable: Redis is away, or the script failed.
+            LayerUnavailable: Redis is away, takes longer, or the script failed.
         """
-        key = f"{self.prefix}:{key}"
-        return await self._answer(self._connected().ask(key, "EVAL", script, 1, key, *arguments))
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        name = f"{self.prefix}:{kind}:{{{digest}}}"
+        try:
+            async with asyncio.timeout(deadline):
+                return await self._answer(self._connected().ask(name, "EVAL", script, 1, name, *arguments))
+        except TimeoutError:
+            raise LayerUnavailable(f"Redis has not answered within {deadline:g} s") from None
 
     # Names in Redis, and what is sent there
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -132,13 +131,7 @@ class RedisLeases(Leases):
             logger.debug("places could not be renewed", exc_info=error)
 
     async def _run(self, script: str, key: str, *arguments: str | int) -> Any:
-        # A digest, since a key holds what strangers send: whatever that is, it is as long as any other.
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        try:
-            async with asyncio.timeout(self._deadline):
-                return await self._run_script(script, f"l:{{{digest}}}", *arguments)
-        except TimeoutError:
-            raise LayerUnavailable(f"Redis has not answered within {self._deadline:g} s") from None
+        return await self._run_script(script, "l", key, *arguments, deadline=self._deadline)
 
 
 def _ms(seconds: float) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from typing_extensions import override
 
-from fastapi_channels.exceptions import LayerUnavailable
 from fastapi_channels.layers.limiter import EPSILON, Limiter, Rate
 
 __all__ = ["RedisLimiter"]
@@ -41,14 +38,8 @@ class RedisLimiter(Limiter):
 
     @override
     async def hit(self, key: str, rate: Rate) -> float:
-        # A digest, since a key holds what strangers send: whatever that is, it is as long as any other.
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         # Not more than it is: so many of them must not take longer than all.
         period = round(rate.seconds * 1e6)
         interval = period // rate.count
-        try:
-            async with asyncio.timeout(self._deadline):
-                wait = await self._run_script(HIT, f"t:{{{digest}}}", interval, period)
-        except TimeoutError:
-            raise LayerUnavailable(f"Redis has not answered within {self._deadline:g} s") from None
+        wait = await self._run_script(HIT, "t", key, interval, period, deadline=self._deadline)
         return wait / 1e6 if wait > EPSILON * 1e6 else 0.0
