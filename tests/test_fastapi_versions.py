@@ -26,6 +26,9 @@ TESTS = [
     "tests/test_application.py",
     "tests/test_channels.py",
     "tests/test_dependencies.py",
+    "tests/test_gate.py",
+    "tests/test_origins.py",
+    "tests/test_permissions.py",
     "tests/test_routing.py",
     "tests/test_settings.py",
     "tests/test_tasks.py",
@@ -33,7 +36,7 @@ TESTS = [
 ]
 
 #: What the tests import beside; any version will do.
-BESIDE = ["httpx", "uvicorn", "websockets"]
+BESIDE = ["httpx", "uvicorn", "websockets", "wsproto"]
 
 # AnyIO's plugin had no automatic mode then.
 PLUGIN = """
