@@ -68,7 +68,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one connection may take up, and what happens beyond it; see the settings of the same names."""
+    """What one connection may take up, and what happens beyond it; see the attributes of consumers of these names."""
 
     outbox_frames: int
     outbox_bytes: int

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
@@ -116,21 +116,9 @@ class _Served:
 def _served(consumer: type[WebSocketConsumer], channels: Channels) -> _Served:
     def setting(name: str) -> Any:
         own = getattr(consumer, name)
-        return getattr(channels.settings, name) if own is None else own
+        return getattr(channels.settings, name, None) if own is None else own
 
-    limits = Limits(
-        outbox_frames=setting("outbox_frames"),
-        outbox_bytes=setting("outbox_bytes"),
-        overflow=setting("overflow"),
-        max_frame_size=setting("max_frame_size"),
-        reject_mode=setting("reject_mode"),
-        max_frames_per_second=setting("max_frames_per_second"),
-        max_bytes_per_second=setting("max_bytes_per_second"),
-        first_frame_timeout=setting("first_frame_timeout"),
-        idle_timeout=setting("idle_timeout"),
-        max_violations=setting("max_violations"),
-        permission_recheck=consumer.permission_recheck,
-    )
+    limits = Limits(**{field.name: setting(field.name) for field in fields(Limits)})
     gate = Gate(channels, consumer._rules(), consumer._action_rules())
     return _Served(channels.layer(consumer.channel_layer_alias), limits, gate)
 
