@@ -68,11 +68,15 @@ def called_by_routes(app: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _flattened(routes: Iterable[BaseRoute]) -> Iterator[tuple[BaseRoute, str, Any, Any]]:
-    # Since 0.137 an included router is one object in `routes`, and this gives what it stands for.
-    contexts = getattr(fastapi.routing, "iter_route_contexts", None)
-    for route in routes if contexts is None else contexts(routes):
+    for route in _contexts(routes):
         path, endpoint = getattr(route, "path", None) or "", getattr(route, "endpoint", None)
         yield getattr(route, "original_route", route), path, endpoint, getattr(route, "dependant", None)
+
+
+def _contexts(routes: Iterable[BaseRoute]) -> Iterable[Any]:
+    # Since 0.137 an included router is one object in `routes`, and this gives what it stands for.
+    contexts = getattr(fastapi.routing, "iter_route_contexts", None)
+    return routes if contexts is None else contexts(routes)
 
 
 def _dependencies(dependant: Any) -> Iterator[Any]:
@@ -98,9 +102,7 @@ def route_path(scope: Scope) -> str:
 
 def http_routes(app: Any) -> list[Any]:
     """Every HTTP route of an application, those of included routers too: each has path, methods and dependencies."""
-    contexts = getattr(fastapi.routing, "iter_route_contexts", None)
-    routes = app.routes if contexts is None else contexts(app.routes)
-    return [route for route in routes if getattr(route, "methods", None)]
+    return [route for route in _contexts(app.routes) if getattr(route, "methods", None)]
 
 
 def exception_handler(app: Any, error: Exception) -> Callable[..., Any] | None:
